@@ -1,0 +1,108 @@
+"""Image bytes, or nested numbers -> grey pixels in [0, 1].
+
+The trust boundary: the input is hostile. Knows nothing of TorchServe, HTTP or the network.
+"""
+
+import itertools
+import warnings
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from handler.errors import ImageTooLarge, InvalidPixel, UnreadableImage, WrongShape, shown
+
+ACCEPTED_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")  # no other decoder of Pillow's is ever tried
+MAX_PIXELS = 16_000_000  # 4000 x 4000; read from the header, before any pixel is allocated
+
+# Pillow's own guard, for sizes that only show while it decodes (a GIF frame larger than its screen). It raises at twice this.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A picture as it was sent.
+
+    Attributes:
+        grey: float32 (H, W), intensity in [0, 1].
+        source: what it was sent as, such as "PNG image" or "integers 0-255".
+    """
+
+    grey: NDArray[np.float32]
+    source: str
+
+
+def decode_image(content: bytes) -> Picture:
+    """Decode an image file to grey: EXIF orientation applied, transparency laid over white, first frame of several.
+
+    Raises:
+        UnreadableImage: no image of an accepted format, or a damaged one.
+        ImageTooLarge: its header declares more than MAX_PIXELS.
+    """
+    try:
+        with Image.open(BytesIO(content), formats=ACCEPTED_FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ImageTooLarge(f"got an image of {width} x {height} pixels; up to {MAX_PIXELS:,} pixels are accepted")
+            return Picture(_grey(ImageOps.exif_transpose(image)), source=f"{image.format} image")
+    except ImageTooLarge:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(f"got an image that decodes to too many pixels; up to {MAX_PIXELS:,} are accepted") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(
+            f"got {len(content):,} bytes that are no image; accepted formats: {', '.join(ACCEPTED_FORMATS)}"
+        ) from error
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        raise UnreadableImage(
+            f"got {len(content):,} bytes of a damaged or truncated image; whole files are accepted, of the formats "
+            f"{', '.join(ACCEPTED_FORMATS)}"
+        ) from error
+
+
+def _grey(image: Image.Image) -> NDArray[np.float32]:
+    if image.mode.startswith("I;16"):
+        return np.asarray(image).astype(np.float32) / np.float32(65535)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return np.asarray(image.convert("L")).astype(np.float32) / np.float32(255)
+
+
+def decode_numbers(rows: list[Any], height: int, width: int) -> Picture:
+    """Check nested numbers and make them intensities: integers are 0-255; where there is a float, all are 0-1.
+
+    Args:
+        rows: `height` lists of `width` numbers each.
+    Raises:
+        WrongShape: the lists have another shape.
+        InvalidPixel: a value is no number, NaN, infinite or out of range.
+    """
+    if len(rows) != height or any(not isinstance(row, list) or len(row) != width for row in rows):
+        raise WrongShape(f"got numbers of shape {_describe_shape(rows)}; ({height}, {width}) is accepted")
+    kinds = {type(value) for row in rows for value in row}
+    if not kinds <= {int, float}:
+        odd = next(value for row in rows for value in row if type(value) not in (int, float))
+        raise InvalidPixel(f"got {shown(odd)} among the pixels; numbers are accepted")
+    limit, source = (1, "floats 0-1") if float in kinds else (255, "integers 0-255")
+    for y, x in itertools.product(range(height), range(width)):
+        if not 0 <= rows[y][x] <= limit:  # false for NaN as well
+            raise InvalidPixel(
+                f"got {shown(rows[y][x])} at row {y}, column {x}; integers from 0 to 255, or floats from 0.0 to 1.0, are accepted"
+            )
+    return Picture(np.array(rows, dtype=np.float32) / np.float32(limit), source)
+
+
+def _describe_shape(value: object) -> str:
+    """Render the shape of nested lists, "ragged" where their lengths differ."""
+    shape: list[str] = []
+    level = [value]
+    while level and len(shape) < 5 and all(isinstance(member, list) for member in level):
+        lengths = {len(member) for member in level if isinstance(member, list)}
+        shape.append(str(lengths.pop()) if len(lengths) == 1 else "ragged")
+        level = list(itertools.islice(itertools.chain.from_iterable(m for m in level if isinstance(m, list)), 10_000))
+    return f"({', '.join(shape)})"

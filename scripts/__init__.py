@@ -1,0 +1,1 @@
+"""Command-line programs around the service: package it, start it, ask it, measure it."""

@@ -1,0 +1,178 @@
+"""Build the archive that TorchServe serves.
+
+    python -m scripts.package
+
+The same tree gives the same bytes on every run and machine: entries are sorted, uncompressed, and carry no dates. The archive
+is then unpacked and loaded in a fresh process that sees nothing of the repo (`prove_archive.py`).
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from model_archiver.model_archiver_config import ModelArchiverConfig
+from model_archiver.model_packaging import generate_model_archive
+
+from handler.archive import SUMS_FILE
+
+ROOT = Path(__file__).resolve().parent.parent
+ENTRY_MODULE = ROOT / "handler" / "digit_handler.py"
+MANIFEST = "MAR-INF/MANIFEST.json"
+MODEL_NAME = "digits"
+MODEL_VERSION = "1.0"
+
+Entries = dict[str, bytes]  # an archive's files by their names in it
+
+
+def build_archive(output: Path, *, model_file: Path, weights_file: Path, model_config: Path) -> str:
+    """Build an archive with torch-model-archiver, then write it again without dates.
+
+    Args:
+        output: where the archive goes; its stem is the model's name.
+        model_file: Python file that defines the network.
+        weights_file: its weights, safetensors.
+        model_config: TorchServe's model-config.yaml.
+    Returns:
+        SHA-256 of the archive, in hexadecimal.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _private_temp_folder() as folder:
+        package_parent = folder / "staged"  # the archiver copies a folder's children into the archive's root
+        shutil.copytree(
+            ROOT / "handler", package_parent / "handler", ignore=shutil.ignore_patterns("__pycache__", ENTRY_MODULE.name)
+        )
+        (folder / "made").mkdir()
+        generate_model_archive(
+            ModelArchiverConfig(
+                model_name=output.stem,
+                version=MODEL_VERSION,
+                handler=str(ENTRY_MODULE),
+                model_file=str(model_file),
+                serialized_file=str(weights_file),
+                config_file=str(_named(model_config, "model-config.yaml", folder)),
+                extra_files=str(package_parent),
+                export_path=str(folder / "made"),
+            )
+        )
+        entries = read_archive(folder / "made" / f"{output.stem}.mar")
+    manifest = json.loads(entries[MANIFEST])
+    del manifest["createdOn"]
+    entries[MANIFEST] = json.dumps(manifest, indent=2).encode()
+    return write_archive(output, entries)
+
+
+def read_archive(archive: Path) -> Entries:
+    """Read all files of an archive."""
+    with zipfile.ZipFile(archive) as opened:
+        return {name: opened.read(name) for name in opened.namelist()}
+
+
+def write_archive(output: Path, entries: Entries) -> str:
+    """Write an archive, with a new list of checksums, such that the same entries always give the same bytes.
+
+    Returns:
+        SHA-256 of the archive, in hexadecimal.
+    """
+    listed = sorted(name for name in entries if name not in (SUMS_FILE, MANIFEST))
+    sums = "".join(f"{hashlib.sha256(entries[name]).hexdigest()}  {name}\n" for name in listed)
+    with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as opened:  # deflate's bytes differ between zlib versions
+        for name, content in sorted({**entries, SUMS_FILE: sums.encode()}.items()):
+            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.create_system = 3  # Unix, wherever it is built
+            entry.external_attr = 0o644 << 16
+            opened.writestr(entry, content)
+    return hashlib.sha256(output.read_bytes()).hexdigest()
+
+
+def prove_archive(archive: Path) -> dict[str, Any]:
+    """Unpack an archive and load it as a TorchServe worker would, in a fresh process that sees nothing of the repo.
+
+    Returns:
+        what that process reports: see `prove_archive.py`.
+    Raises:
+        RuntimeError: it could not load the archive or did not get a right answer from it.
+    """
+    with _private_temp_folder() as folder:
+        unpacked = folder / "unpacked"
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(unpacked)
+        probe = shutil.copy(Path(__file__).with_name("prove_archive.py"), folder)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        finished = subprocess.run(
+            [sys.executable, "-P", probe, unpacked],  # -P: neither the current folder nor the script's is searched for modules
+            cwd=folder,
+            env={**environment, "PYTHONPATH": str(unpacked), "PYTHONDONTWRITEBYTECODE": "1"},  # as TorchServe sets it
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if finished.returncode != 0:
+        raise RuntimeError(f"{archive} does not load:\n{finished.stderr}")
+    report: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return report
+
+
+def _named(file: Path, name: str, folder: Path) -> Path:
+    """Copy a file under the name that it shall have in the archive."""
+    return Path(shutil.copy(file, folder / name))
+
+
+@contextlib.contextmanager
+def _private_temp_folder() -> Iterator[Path]:
+    """Make a temp folder of our own the default one for a while: the archiver deletes `<temp>/<model name>` before it works."""
+    previous = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="package-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield Path(folder).resolve()
+        finally:
+            tempfile.tempdir = previous
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.package",
+        description="Build build/digits.mar, print its SHA-256, and prove that it loads.",
+        epilog="example: python -m scripts.package --model-config serve_config/model-config-gpu.yaml --output build/gpu/digits.mar",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "build" / f"{MODEL_NAME}.mar", help="the archive; its stem is the model"
+    )
+    parser.add_argument("--model-file", type=Path, default=ROOT / "model" / "network.py", help="defines the network")
+    parser.add_argument("--weights", type=Path, default=ROOT / "model" / "weights.safetensors", help="its weights")
+    parser.add_argument(
+        "--model-config", type=Path, default=ROOT / "serve_config" / "model-config.yaml", help="TorchServe's YAML"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build and prove. Returns the exit code: 1 where the archive does not load."""
+    arguments = build_parser().parse_args(argv)
+    checksum = build_archive(
+        arguments.output, model_file=arguments.model_file, weights_file=arguments.weights, model_config=arguments.model_config
+    )
+    try:
+        report = prove_archive(arguments.output)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{checksum}  {arguments.output}")
+    print(f"loads in a fresh process: {json.dumps(report)}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
