@@ -179,7 +179,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m model.train",
         description="Train the network on MNIST; write weights and model card.",
-        epilog="example: python -m model.train --data-dir ~/data --epochs 40",
+        epilog="example: %(prog)s --data-dir ~/data --epochs 40",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

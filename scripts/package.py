@@ -83,7 +83,7 @@ def write_archive(output: Path, entries: Entries) -> str:
     Returns:
         SHA-256 of the archive, in hexadecimal.
     """
-    listed = sorted(name for name in entries if name not in (SUMS_FILE, MANIFEST))
+    listed = sorted(entries.keys() - {SUMS_FILE})
     sums = "".join(f"{hashlib.sha256(entries[name]).hexdigest()}  {name}\n" for name in listed)
     with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as opened:  # deflate's bytes differ between zlib versions
         for name, content in sorted({**entries, SUMS_FILE: sums.encode()}.items()):
@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.package",
         description="Build build/digits.mar, print its SHA-256, and prove that it loads.",
-        epilog="example: python -m scripts.package --model-config serve_config/model-config-gpu.yaml --output build/gpu/digits.mar",
+        epilog="example: %(prog)s --model-config serve_config/model-config-gpu.yaml --output build/gpu/digits.mar",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(

@@ -3,7 +3,7 @@
     python -P prove_archive.py UNPACKED        (with PYTHONPATH=UNPACKED, as TorchServe sets it)
 
 Run by `package.py` in a process that sees nothing of the repo. Prints one line of JSON: the model as the handler describes it,
-the digit that it reads in a blank picture, and the largest difference between the served gradient and PyTorch's own.
+the digit that it reads in a ramp of grey, and the largest difference between the served gradient and PyTorch's own.
 """
 
 import importlib

@@ -145,9 +145,12 @@ class TorchServe:
         settings.log_dir.mkdir(parents=True)
         with (settings.log_dir / "console.log").open("wb") as console:
             self._launcher = subprocess.Popen(
-                [sys.executable, "-P", "-m", "ts.model_server", "--start", "--foreground", "--ncs"]
-                + ["--model-store", str(self._folder / "store"), "--models", f"{self.model_name}={settings.archive.name}"]
-                + ["--ts-config", str(configuration)],
+                [
+                    *(sys.executable, "-P", "-m", "ts.model_server", "--start", "--foreground", "--ncs"),
+                    *("--model-store", str(self._folder / "store")),
+                    *("--models", f"{self.model_name}={settings.archive.name}"),
+                    *("--ts-config", str(configuration)),
+                ],
                 cwd=self._folder,
                 env=_environment(self._folder / "tmp", settings.log_dir),
                 stdin=subprocess.DEVNULL,
