@@ -20,7 +20,6 @@ MAX_PIXELS = 16_000_000  # 4000 x 4000; read from the header, before any pixel i
 
 # Pillow's own guard, for sizes that only show while it decodes (a GIF frame larger than its screen). It raises at twice this.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,10 @@ def decode_image(content: bytes) -> Picture:
         ImageTooLarge: its header declares more than MAX_PIXELS.
     """
     try:
-        with Image.open(BytesIO(content), formats=ACCEPTED_FORMATS) as image:
+        with (
+            warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),  # from half of its limit
+            Image.open(BytesIO(content), formats=ACCEPTED_FORMATS) as image,
+        ):
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ImageTooLarge(f"got an image of {width} x {height} pixels; up to {MAX_PIXELS:,} pixels are accepted")

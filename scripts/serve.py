@@ -56,6 +56,15 @@ class Ports:
     grpc_inference: int = 7070
     grpc_management: int = 7071
 
+    @classmethod
+    def free(cls) -> Self:
+        """Ports that nothing listens on now."""
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in cls.__dataclass_fields__]
+            for opened in sockets:
+                opened.bind(("127.0.0.1", 0))
+            return cls(*(opened.getsockname()[1] for opened in sockets))
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:

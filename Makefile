@@ -1,0 +1,69 @@
+# Bare `make` shows the targets. File targets do the work, so that a second run is quick.
+PYTHON ?= python3
+DATA_DIR ?= build/data
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := $(wildcard handler/*.py model/network.py) model/weights.safetensors serve_config/model-config.yaml \
+           scripts/package.py scripts/prove_archive.py
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test lint format package accuracy train digits picture lock clean
+.DELETE_ON_ERROR:
+
+help: ## show the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+setup: .venv/.installed ## make .venv with all that serving and training need (5.5 GB, about a minute)
+
+serve: build/digits.mar ## build the archive and serve it on 127.0.0.1:8080; ARGS="--workers 4 ..." (--help shows all)
+	$(BIN)/python -m scripts.serve $(ARGS)
+
+test: .venv/.installed-dev build/digits.mar ## run all tests, unit and end to end; ARGS="-k name" runs some
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.installed-dev ## ruff and mypy
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/.installed-dev ## let ruff lay out the code
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+package: build/digits.mar ## build build/digits.mar
+
+accuracy: build/digits.mar ## send MNIST's 10,000 test images through HTTP; DATA_DIR=... where they are there already
+	$(BIN)/python -m scripts.accuracy --data-dir $(DATA_DIR) $(ARGS)
+
+train: .venv/.installed ## train the network again (15 minutes on two cores); DATA_DIR=...
+	$(BIN)/python -m model.train --data-dir $(DATA_DIR) $(ARGS)
+
+digits: .venv/.installed ## draw the test digits again
+	$(BIN)/python -m tests.draw_digits
+
+picture: .venv/.installed ## make the README's picture again; a server must be running
+	$(BIN)/python -m scripts.explain tests/digits/3-4.png tests/digits/4-1.png tests/digits/7-3.png --target predicted,9 \
+		--output .github/explained.png
+
+lock: .venv/.installed-dev ## resolve pyproject.toml into requirements*.txt, with hashes
+	$(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --no-header --quiet --upgrade -o requirements.txt
+	$(BIN)/uv pip compile pyproject.toml --group dev --constraint requirements.txt --universal --generate-hashes --no-header \
+		--quiet --upgrade -o requirements-dev.txt
+
+clean: ## remove what was built, except .venv
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache
+
+build/digits.mar: .venv/.installed $(SOURCES)
+	$(BIN)/python -m scripts.package
+
+.venv/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv ..."
+	$(PIP) install --require-hashes -r requirements.txt
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed requirements-dev.txt
+	$(PIP) install --require-hashes -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,73 @@
+"""What several test files need: the test digits, the committed network, unpacked archives."""
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from handler.archive import load_network
+from handler.saliency import freeze
+from scripts.package import ROOT, build_archive
+
+DIGIT_FILES = sorted((ROOT / "tests" / "digits").glob("*.png"))
+
+
+def label_of(file: Path) -> int:
+    """The digit that a test picture shows: files are named DIGIT-VARIANT.png."""
+    return int(file.stem.partition("-")[0])
+
+
+@pytest.fixture(scope="session")
+def network() -> nn.Module:
+    """The committed network, frozen."""
+    return freeze(load_network(ROOT / "model" / "network.py", ROOT / "model" / "weights.safetensors"))
+
+
+@pytest.fixture(scope="session")
+def digit_pixels() -> NDArray[np.float32]:
+    """All test digits: (50, 28, 28), intensity in [0, 1], in the order of DIGIT_FILES."""
+    return np.stack([np.asarray(Image.open(file)) for file in DIGIT_FILES]).astype(np.float32) / np.float32(255)
+
+
+@pytest.fixture(scope="session")
+def digit_batch(digit_pixels: NDArray[np.float32]) -> torch.Tensor:
+    """All test digits as the network takes them: (50, 1, 28, 28)."""
+    return torch.from_numpy(digit_pixels)[:, None]
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The archive of this tree."""
+    output = tmp_path_factory.mktemp("archive") / "digits.mar"
+    build_archive(
+        output,
+        model_file=ROOT / "model" / "network.py",
+        weights_file=ROOT / "model" / "weights.safetensors",
+        model_config=ROOT / "serve_config" / "model-config.yaml",
+    )
+    return output
+
+
+@pytest.fixture
+def unpack(archive: Path, tmp_path: Path) -> Callable[[], Path]:
+    """Unpack the archive into a fresh folder that the test may spoil."""
+
+    def unpacked() -> Path:
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(tmp_path / "unpacked")
+        return tmp_path / "unpacked"
+
+    return unpacked
+
+
+def manifest_of(model_dir: Path) -> dict[str, dict[str, str]]:
+    """The manifest of an unpacked archive."""
+    manifest: dict[str, dict[str, str]] = json.loads((model_dir / "MAR-INF" / "MANIFEST.json").read_text())
+    return manifest

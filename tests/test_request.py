@@ -1,0 +1,253 @@
+"""Every form in which a request arrives, and every way in which it can be wrong."""
+
+import base64
+import json
+from typing import Any
+
+import pytest
+
+from handler.errors import (
+    ClientError,
+    EmptyRequest,
+    InvalidOption,
+    InvalidRequest,
+    MalformedBase64,
+    MalformedJSON,
+    NotAcceptable,
+    UnknownOption,
+)
+from handler.request import Encoding, Options, Prepare, ReplyFormat, Request, Targets, parse_request
+
+PICTURE = b"\x89PNG any bytes"
+BASE64 = base64.b64encode(PICTURE).decode()
+JSON_HEADERS = {"Content-Type": "application/json"}
+
+
+def parse(row: object, headers: dict[str, Any] | None = None) -> Request:
+    return parse_request(row, headers or {}, class_count=10)
+
+
+# --- where the picture stands
+
+
+@pytest.mark.parametrize(
+    ("row", "headers"),
+    [
+        pytest.param({"body": bytearray(PICTURE)}, {}, id="raw body"),
+        pytest.param({"body": bytearray(PICTURE)}, {"Content-Type": "image/png"}, id="raw body with a type"),
+        pytest.param({"data": bytearray(PICTURE)}, {}, id="form field data"),
+        pytest.param({"image": bytearray(PICTURE), "target": bytearray(b"3")}, {}, id="form field image"),
+        pytest.param({"body": bytearray(PICTURE), "target": bytearray(b"3")}, {}, id="form field body"),
+        pytest.param({"body": {"data": BASE64}}, JSON_HEADERS, id="JSON that TorchServe parsed"),
+        pytest.param({"body": {"image": BASE64}}, JSON_HEADERS, id="JSON image"),
+        pytest.param({"body": bytearray(json.dumps({"data": BASE64}).encode())}, {}, id="JSON without a type"),
+        pytest.param(
+            {"body": bytearray(json.dumps({"data": BASE64}).encode())},
+            {"content-type": "Application/JSON; charset=utf-8"},
+            id="JSON whose type TorchServe does not know",
+        ),
+        pytest.param({"body": "  " + json.dumps({"data": BASE64})}, {"content-type": "text/plain"}, id="JSON as text"),
+        pytest.param({"body": {"data": BASE64[:8] + "\n" + BASE64[8:] + "\n"}}, JSON_HEADERS, id="base64 with line breaks"),
+        pytest.param({"body": {"data": "data:image/png;base64," + BASE64}}, JSON_HEADERS, id="data URL"),
+    ],
+)
+def test_picture_bytes_are_found(row: object, headers: dict[str, str]) -> None:
+    assert parse(row, headers).picture == PICTURE
+
+
+def test_nested_numbers_are_handed_on_unchecked() -> None:
+    assert parse({"body": {"data": [[0, 1], [2, 3]]}}, JSON_HEADERS).picture == [[0, 1], [2, 3]]
+
+
+def test_torchserves_own_sample_request_is_understood() -> None:
+    request = parse({"body": {"data": BASE64, "target": 0}}, JSON_HEADERS | {"explain": "True"})
+    assert request.picture == PICTURE
+    assert request.options.explain
+    assert request.options.target == Targets((0,), several=False)
+
+
+@pytest.mark.parametrize(
+    ("row", "headers", "error", "message"),
+    [
+        pytest.param({}, {}, EmptyRequest, "got no picture; accepted", id="curl -d"),
+        pytest.param({"body": bytearray()}, {}, EmptyRequest, "got no picture", id="empty body"),
+        pytest.param({"body": {}}, JSON_HEADERS, EmptyRequest, "got no picture", id="empty object"),
+        pytest.param({"target": bytearray(b"3")}, {}, EmptyRequest, "got no picture", id="form without picture"),
+        pytest.param({"data": bytearray()}, {}, EmptyRequest, "got an empty field 'data'", id="empty field"),
+        pytest.param({"body": {"data": " \n"}}, JSON_HEADERS, EmptyRequest, "got an empty text in 'data'", id="empty base64"),
+        pytest.param({"body": bytearray(b"{'a': 1}")}, JSON_HEADERS, MalformedJSON, "no JSON at character 1", id="bad JSON"),
+        pytest.param(
+            {"body": bytearray(b"{\xff}")}, JSON_HEADERS, MalformedJSON, "no JSON; a JSON object in UTF-8", id="no UTF-8"
+        ),
+        pytest.param({"body": bytearray(b"[" * 100_000)}, {}, MalformedJSON, "got a body that is no JSON", id="deep JSON"),
+        pytest.param(
+            {"body": bytearray(b"9" * 5000)}, JSON_HEADERS, MalformedJSON, "got a body that is no JSON", id="huge integer"
+        ),
+        pytest.param({"body": [1, 2]}, JSON_HEADERS, InvalidRequest, r"got JSON \[1, 2\]; a JSON object", id="JSON list"),
+        pytest.param({"body": None}, JSON_HEADERS, InvalidRequest, "got JSON None", id="JSON null"),
+        pytest.param({"body": {"data": 3}}, JSON_HEADERS, InvalidRequest, "got 3 in 'data'", id="number as picture"),
+        pytest.param({"body": {"data": None}}, JSON_HEADERS, InvalidRequest, "got None in 'data'", id="null as picture"),
+        pytest.param(
+            {"body": {"data": BASE64, "image": BASE64}},
+            JSON_HEADERS,
+            InvalidRequest,
+            r"several pictures \(data, image\)",
+            id="two",
+        ),
+        pytest.param({"body": {"data": "%%%"}}, JSON_HEADERS, MalformedBase64, "got '%%%' in 'data'", id="bad base64"),
+        pytest.param({"body": {"data": "abcde"}}, JSON_HEADERS, MalformedBase64, "got 'abcde'", id="base64 without padding"),
+        pytest.param({"body": {"data": "\u00e4\ud800bc"}}, JSON_HEADERS, MalformedBase64, "got '.xe4.ud800bc'", id="not ASCII"),
+    ],
+)
+def test_request_without_a_readable_picture_is_refused(
+    row: object, headers: dict[str, str], error: type[ClientError], message: str
+) -> None:
+    with pytest.raises(error, match=message) as caught:
+        parse(row, headers)
+    assert caught.value.message.isascii()
+    assert len(caught.value.message) < 400
+
+
+# --- options
+
+
+def test_defaults_are_those_of_the_contract() -> None:
+    request = parse({"body": bytearray(PICTURE)})
+    assert request.options == Options()
+    assert request.reply_format is ReplyFormat.JSON
+    assert not request.options.explain
+    assert request.options.target == Targets((None,), several=False)
+
+
+OPTION_CASES = [
+    pytest.param("explain", True, Options(explain=True), id="explain"),
+    pytest.param("explain", False, Options(), id="no explain"),
+    pytest.param("target", 7, Options(target=Targets((7,), several=False)), id="class"),
+    pytest.param("target", "predicted", Options(), id="predicted"),
+    pytest.param("target", [3, "predicted"], Options(target=Targets((3, None), several=True)), id="list"),
+    pytest.param("target", [3], Options(target=Targets((3,), several=True)), id="list of one"),
+    pytest.param("target", "all", Options(target=Targets(tuple(range(10)), several=True)), id="all"),
+    pytest.param("method", "gradient", Options(), id="method"),
+    pytest.param("space", "canonical", Options(), id="space"),
+    pytest.param("prepare", "none", Options(prepare=Prepare.NONE), id="prepare"),
+    pytest.param("encoding", "base64", Options(encoding=Encoding.BASE64), id="encoding"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "expected"), OPTION_CASES)
+def test_option_means_the_same_in_json_form_and_header(name: str, value: object, expected: Options) -> None:
+    text = value if isinstance(value, str) else json.dumps(value)
+    assert parse({"body": {"data": BASE64, name: value}}, JSON_HEADERS).options == expected
+    assert parse({"data": bytearray(PICTURE), name: bytearray(text.encode())}).options == expected
+    assert parse({"data": bytearray(PICTURE), name: text}).options == expected
+    assert parse({"body": bytearray(PICTURE)}, {f"X-SALIENCY-{name}": f" {text} "}).options == expected
+    assert parse({"body": bytearray(PICTURE)}, {f"x-saliency-{name}": text}).options == expected
+
+
+@pytest.mark.parametrize("text", ["3,9", "3, 9", "[3, 9]", " 3 ,9 "])
+def test_list_of_targets_in_text_has_commas_or_is_json(text: str) -> None:
+    options = parse({"body": bytearray(PICTURE)}, {"X-Saliency-Target": text}).options
+    assert options.target == Targets((3, 9), several=True)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(-1, 10, True, 3.5, 3.0, None, {}, [], [10], [3, True], ["all"], [[3]], [1] * 11),
+        *("seven", "-1", "10", "3.5", "+3", "\u0663", "", "1e0", "3,,4", "[3", "3;4", "9" * 400, "Predicted"),
+    ],
+    ids=lambda value: ascii(value)[:24],
+)
+def test_target_that_is_no_class_is_refused(value: object) -> None:
+    with pytest.raises(InvalidOption, match=r"^got .* as 'target'; .* is accepted$") as caught:
+        parse({"body": {"data": BASE64, "target": value}}, JSON_HEADERS)
+    assert len(caught.value.message) < 200
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("explain", "yes", "true and false"),
+        ("explain", 1, "true and false"),
+        ("explain", None, "true and false"),
+        ("method", "lime", "gradient"),
+        ("space", "frequency", "canonical"),
+        ("prepare", "Auto", "auto, none"),
+        ("encoding", 64, "nested, base64"),
+        ("encoding", ["nested"], "nested, base64"),
+    ],
+)
+def test_value_that_an_option_does_not_take_is_refused(name: str, value: object, accepted: str) -> None:
+    with pytest.raises(InvalidOption, match=rf"as '{name}'; .*{accepted}"):
+        parse({"body": {"data": BASE64, name: value}}, JSON_HEADERS)
+
+
+def test_option_that_is_no_text_is_refused() -> None:
+    with pytest.raises(InvalidOption, match="got bytes in 'target' that are no UTF-8 text"):
+        parse({"data": bytearray(PICTURE), "target": bytearray(b"\xff")})
+
+
+@pytest.mark.parametrize(
+    ("row", "headers"),
+    [
+        pytest.param({"body": {"data": BASE64, "colour": "red"}}, JSON_HEADERS, id="JSON"),
+        pytest.param({"data": bytearray(PICTURE), "colour": bytearray(b"red")}, {}, id="form"),
+        pytest.param({"body": bytearray(PICTURE)}, {"X-Saliency-Colour": "red"}, id="header"),
+    ],
+)
+def test_unknown_option_is_refused_and_the_known_ones_are_named(row: object, headers: dict[str, str]) -> None:
+    with pytest.raises(
+        UnknownOption, match="got the option 'colour'; accepted are explain, target, method, space, prepare, encoding"
+    ):
+        parse(row, headers)
+
+
+def test_field_stands_above_header() -> None:
+    request = parse({"body": {"data": BASE64, "target": 3}}, JSON_HEADERS | {"X-Saliency-Target": "5"})
+    assert request.options.target == Targets((3,), several=False)
+
+
+def test_headers_that_torchserve_adds_for_form_fields_are_passed_over() -> None:
+    """For each form field TorchServe puts {"content-type": ...} under the field's name among the headers."""
+    added = {"X-Saliency-Target": {"content-type": "text/plain"}, "accept": {"content-type": ""}, "explain": {"content-type": ""}}
+    assert parse({"body": bytearray(PICTURE)}, added) == parse({"body": bytearray(PICTURE)})
+
+
+def test_only_the_frontends_own_header_makes_an_explanation_of_a_prediction() -> None:
+    assert parse({"body": bytearray(PICTURE)}, {"explain": "True"}).options.explain
+    assert not parse({"body": bytearray(PICTURE)}, {"explain": "False", "Explain": "True", "describe": "True"}).options.explain
+
+
+# --- Accept
+
+
+@pytest.mark.parametrize(
+    ("accept", "expected"),
+    [
+        ("", ReplyFormat.JSON),
+        ("*/*", ReplyFormat.JSON),
+        ("application/*", ReplyFormat.JSON),
+        ("application/json", ReplyFormat.JSON),
+        ("Application/X-NPY", ReplyFormat.NPY),
+        ("application/x-npy, application/json", ReplyFormat.JSON),
+        ("application/x-npy, application/json;q=0.5", ReplyFormat.NPY),
+        ("application/x-npy;q=0.5, */*;q=0.1", ReplyFormat.NPY),
+        ("text/html, application/xhtml+xml, */*;q=0.8", ReplyFormat.JSON),
+        ("application/json;q=0, */*", ReplyFormat.NPY),
+        ("application/json; charset=utf-8", ReplyFormat.JSON),
+    ],
+)
+def test_reply_format_follows_accept(accept: str, expected: ReplyFormat) -> None:
+    assert parse({"body": bytearray(PICTURE)}, {"Accept": accept, "explain": "True"}).reply_format is expected
+
+
+@pytest.mark.parametrize("accept", ["text/html", "image/*", "application/json;q=0", "json", "*/*;q=0", "*/*;q=many", "*/*;q=nan"])
+def test_accept_that_allows_no_reply_is_406(accept: str) -> None:
+    with pytest.raises(NotAcceptable, match=r"^got Accept: ") as caught:
+        parse({"body": bytearray(PICTURE)}, {"Accept": accept, "explain": "True"})
+    assert caught.value.status == 406
+
+
+def test_npy_is_refused_where_there_is_no_map() -> None:
+    with pytest.raises(NotAcceptable, match="ask for an explanation"):
+        parse({"body": bytearray(PICTURE)}, {"Accept": "application/x-npy"})
