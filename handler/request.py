@@ -133,12 +133,17 @@ def parse_request(row: object, headers: Mapping[str, object], class_count: int) 
 
 def _read_fields(row: object, headers: Mapping[str, str]) -> dict[str, object]:
     """Give every kind of row one form: a picture under one of PICTURE_FIELDS, options under their names."""
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type == "application/x-www-form-urlencoded" and isinstance(row, dict) and not row.keys() & set(PICTURE_FIELDS):
+        raise EmptyRequest(
+            "got a form without a picture, as 'curl -d' sends whatever it is given; accepted: an image with 'curl -T FILE' or "
+            "'curl -F data=@FILE', JSON with 'curl --json'"
+        )
     if isinstance(row, dict) and set(row) != {"body"}:
         return {str(name): value for name, value in row.items()}  # a form
     body = row["body"] if isinstance(row, dict) else row
     if isinstance(body, (bytes, bytearray, str)):
         content = body.encode() if isinstance(body, str) else bytes(body)
-        media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
         is_json = media_type == "application/json" or media_type.endswith("+json") or content.lstrip()[:1] in (b"{", b"[")
         if not content or not is_json:
             return {"body": content} if content else {}

@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 import torchvision
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from model import augment as augmentation
@@ -95,7 +95,7 @@ def train(
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     network = DigitNetwork()
-    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+    averaged = AveragedModel(network, avg_fn=_move_average)
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps_per_epoch = -(-len(images) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -106,7 +106,7 @@ def train(
     for epoch in range(1, epochs + 1):
         network.train()
         order = torch.randperm(len(images), generator=generator)
-        for rows in tqdm(torch.split(order, BATCH_SIZE), desc=f"epoch {epoch}/{epochs}", unit="batch", leave=False):
+        for rows in tqdm(torch.split(order, BATCH_SIZE), desc=f"epoch {epoch}/{epochs}", unit="batch", leave=False, disable=None):
             pixels = augment(images[rows].float() / 255, generator)
             optimizer.zero_grad()
             criterion(network(pixels), labels[rows]).backward()
@@ -118,6 +118,12 @@ def train(
     trained = averaged.module
     assert isinstance(trained, DigitNetwork)
     return trained.eval(), accuracies
+
+
+def _move_average(average: torch.Tensor, current: torch.Tensor, steps: int | torch.Tensor) -> torch.Tensor:
+    """One step of the exponential moving average; at first it forgets faster, so that the random start does not stay in it."""
+    decay = min(EMA_DECAY, (1 + int(steps)) / (10 + int(steps)))
+    return torch.lerp(average, current, 1 - decay)
 
 
 def render_card(evaluation: Evaluation, accuracies: list[float], weights_sha256: str, *, command: str, seed: int) -> str:

@@ -47,7 +47,7 @@ def count_right_answers(images: torch.Tensor, labels: torch.Tensor, route: str) 
         return bool(reply.json()["digit"] == int(label))
 
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        return sum(tqdm(pool.map(is_right, images, labels), total=len(images), unit="image"))
+        return sum(tqdm(pool.map(is_right, images, labels), total=len(images), unit="image", disable=None))
 
 
 def build_parser() -> argparse.ArgumentParser:

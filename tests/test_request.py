@@ -69,7 +69,14 @@ def test_torchserves_own_sample_request_is_understood() -> None:
 @pytest.mark.parametrize(
     ("row", "headers", "error", "message"),
     [
-        pytest.param({}, {}, EmptyRequest, "got no picture; accepted", id="curl -d"),
+        pytest.param({}, {}, EmptyRequest, "got no picture; accepted", id="nothing"),
+        pytest.param(
+            {'{"data": "aGk': bytearray(b'="}')},
+            {"Content-Type": "application/x-www-form-urlencoded"},
+            EmptyRequest,
+            "as 'curl -d' sends",
+            id="curl -d",
+        ),
         pytest.param({"body": bytearray()}, {}, EmptyRequest, "got no picture", id="empty body"),
         pytest.param({"body": {}}, JSON_HEADERS, EmptyRequest, "got no picture", id="empty object"),
         pytest.param({"target": bytearray(b"3")}, {}, EmptyRequest, "got no picture", id="form without picture"),

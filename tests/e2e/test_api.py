@@ -1,0 +1,346 @@
+"""The HTTP API through a real TorchServe: every door, every error among good neighbours, a storm of everything.
+
+Answers are compared with an independent computation from the archive's weights (tests/oracle.py).
+"""
+
+import base64
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from threading import Barrier
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from numpy.typing import NDArray
+from PIL import Image
+
+from scripts.accuracy import count_right_answers
+from scripts.serve import TorchServe
+from tests.conftest import DIGIT_FILES, label_of
+from tests.e2e.conftest import BATCH_SIZE, TIMEOUT_S, Sample
+
+ATOL = 5e-5  # float32 against float64
+
+Arguments = dict[str, Any]  # of requests.request
+
+
+def ask(server: TorchServe, arguments: Arguments) -> requests.Response:
+    arguments = {"method": "POST", "timeout": TIMEOUT_S, **arguments}
+    return requests.request(url=server.address + arguments.pop("route"), **arguments)
+
+
+def predict(**arguments: Any) -> Arguments:
+    return {"route": "/predictions/digits"} | arguments
+
+
+def explain(**arguments: Any) -> Arguments:
+    return {"route": "/explanations/digits"} | arguments
+
+
+def base64_of(sample: Sample) -> str:
+    return base64.b64encode(sample.png).decode()
+
+
+def check_prediction(reply: requests.Response, sample: Sample) -> dict[str, Any]:
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-type"] == "application/json"
+    content: dict[str, Any] = reply.json()
+    np.testing.assert_allclose(content["logits"], sample.logits, atol=ATOL)
+    probabilities = np.exp(sample.logits) / np.exp(sample.logits).sum()
+    np.testing.assert_allclose(content["probabilities"], probabilities, atol=ATOL)
+    assert content["digit"] == sample.predicted
+    assert content["probability"] == content["probabilities"][sample.predicted]
+    return content
+
+
+def check_explanation(reply: requests.Response, sample: Sample, target: int | list[int] | None = None) -> None:
+    explanation = check_prediction(reply, sample)["explanation"]
+    expected_target = sample.predicted if target is None else target
+    expected = sample.jacobian[expected_target]
+    assert explanation["target"] == expected_target
+    assert explanation["target_source"] == ("predicted" if target is None else "request")
+    assert explanation["shape"] == list(expected.shape)
+    saliency = explanation["saliency"]
+    if explanation["encoding"] == "base64":
+        saliency = np.frombuffer(base64.b64decode(saliency), dtype="<f4").reshape(explanation["shape"])
+    np.testing.assert_allclose(saliency, expected, atol=ATOL)
+
+
+def check_npy(reply: requests.Response, sample: Sample, target: int | list[int]) -> None:
+    assert reply.status_code == 200, reply.text
+    assert reply.headers["content-type"] == "application/x-npy"
+    array: NDArray[np.float32] = np.load(BytesIO(reply.content))
+    assert array.dtype == np.float32
+    np.testing.assert_allclose(array, sample.jacobian[target], atol=ATOL)
+    assert reply.headers["X-Digit"] == str(sample.predicted)
+    assert reply.headers["X-Saliency-Target"] == ",".join(str(k) for k in np.atleast_1d(target))
+    assert float(reply.headers["X-Saliency-Max"]) == array.max()
+
+
+# --- doors
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda s: predict(data=s.png), id="raw body"),
+        pytest.param(lambda s: predict(data=s.png, method="PUT"), id="raw body, PUT"),
+        pytest.param(lambda s: predict(data=s.png, headers={"Content-Type": "image/png"}), id="raw body with a type"),
+        pytest.param(lambda s: predict(data=s.png, headers={"Content-Type": "text/plain"}), id="raw body with a wrong type"),
+        pytest.param(lambda s: predict(json={"data": base64_of(s)}), id="JSON base64"),
+        pytest.param(lambda s: predict(json={"image": base64_of(s)}), id="JSON image"),
+        pytest.param(lambda s: predict(json={"data": s.levels.tolist()}), id="JSON integers"),
+        pytest.param(lambda s: predict(json={"data": (s.levels / 255).tolist()}), id="JSON floats"),
+        pytest.param(
+            lambda s: predict(
+                data=json.dumps({"data": base64_of(s)}), headers={"Content-Type": "application/json; charset=utf-8"}
+            ),
+            id="JSON with a charset",
+        ),
+        pytest.param(lambda s: predict(files={"data": s.png}), id="form field data"),
+        pytest.param(lambda s: predict(files={"image": ("digit.png", s.png, "image/png")}), id="form field image with a type"),
+        pytest.param(lambda s: predict(files={"body": s.png}), id="form field body"),
+        pytest.param(lambda s: predict(data=s.png, headers={"describe": "True"}), id="a client's describe header"),
+        pytest.param(lambda s: predict(data=s.png, headers={"explain": "True"}), id="a client's explain header"),
+        pytest.param(
+            lambda s: predict(json={"data": base64_of(s), "explain": False, "target": 3}), id="a target and no explanation"
+        ),
+    ],
+)
+def test_predictions_answer_without_an_explanation(
+    server: TorchServe, samples: list[Sample], make: Callable[[Sample], Arguments]
+) -> None:
+    assert "explanation" not in check_prediction(ask(server, make(samples[0])), samples[0])
+
+
+@pytest.mark.parametrize(
+    ("make", "target"),
+    [
+        pytest.param(lambda s: explain(data=s.png), None, id="route"),
+        pytest.param(lambda s: explain(files={"data": s.png}), None, id="route with a form"),
+        pytest.param(lambda s: predict(data=s.png, headers={"X-Saliency-Explain": "true"}), None, id="header"),
+        pytest.param(lambda s: predict(files={"data": s.png}, data={"explain": "true"}), None, id="form field"),
+        pytest.param(lambda s: predict(json={"data": base64_of(s), "explain": True}), None, id="JSON field"),
+        pytest.param(lambda s: explain(json={"data": base64_of(s), "target": 0}), 0, id="TorchServe's sample request"),
+        pytest.param(lambda s: explain(data=s.png, headers={"x-saliency-target": "9"}), 9, id="target as header"),
+        pytest.param(lambda s: explain(files={"data": s.png}, data={"target": "4"}), 4, id="target as form field"),
+        pytest.param(lambda s: explain(json={"data": s.levels.tolist(), "target": [8, 1]}), [8, 1], id="list of targets"),
+        pytest.param(lambda s: explain(data=s.png, headers={"X-SALIENCY-TARGET": "8,1"}), [8, 1], id="list as header"),
+        pytest.param(lambda s: explain(data=s.png, headers={"X-Saliency-Target": "all"}), list(range(10)), id="all"),
+        pytest.param(lambda s: explain(json={"data": base64_of(s), "encoding": "base64"}), None, id="base64 floats"),
+        pytest.param(
+            lambda s: explain(files={"data": s.png}, data={"encoding": "base64", "target": "all"}),
+            list(range(10)),
+            id="all as base64",
+        ),
+        pytest.param(lambda s: explain(data=s.png, headers={"Accept": "text/html, */*;q=0.8"}), None, id="a browser's Accept"),
+    ],
+)
+def test_explanations_are_the_exact_gradients(
+    server: TorchServe, samples: list[Sample], make: Callable[[Sample], Arguments], target: int | list[int] | None
+) -> None:
+    for sample in samples[:3]:
+        check_explanation(ask(server, make(sample)), sample, target)
+
+
+@pytest.mark.parametrize("target", [3, [5], list(range(10))], ids=str)
+def test_npy_reply_holds_the_map(server: TorchServe, samples: list[Sample], target: int | list[int]) -> None:
+    fields = {"data": samples[1].levels.tolist(), "target": target}
+    check_npy(ask(server, explain(json=fields, headers={"Accept": "application/x-npy"})), samples[1], target)
+
+
+def test_the_projects_own_digits_are_read_rightly(server: TorchServe) -> None:
+    import torch
+
+    images = torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in DIGIT_FILES]))[:, None]
+    labels = torch.tensor([label_of(file) for file in DIGIT_FILES])
+    assert count_right_answers(images, labels, f"{server.address}/predictions/digits") == len(DIGIT_FILES)
+
+
+def test_explanation_of_a_blank_picture_is_finite(server: TorchServe) -> None:
+    reply = ask(server, explain(json={"data": [[0] * 28] * 28, "target": "all"})).json()
+    assert np.isfinite(reply["explanation"]["saliency"]).all()
+
+
+# --- errors
+
+
+def bomb() -> bytes:
+    """A PNG of 130 bytes that declares 4,225,000,000 pixels."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 65_000, 65_000, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+
+
+def grid(value: object) -> list[list[object]]:
+    rows: list[list[object]] = [[0.5] * 28 for _ in range(28)]
+    rows[0][0] = value
+    return rows
+
+
+JSON = {"Content-Type": "application/json"}
+ERRORS = [
+    pytest.param(lambda s: explain(data=b"no image"), 400, "UnreadableImage", id="not an image"),
+    pytest.param(lambda s: explain(data=s.png[:-60]), 400, "UnreadableImage", id="truncated image"),
+    pytest.param(lambda s: explain(files={"data": b"no image"}), 400, "UnreadableImage", id="form, not an image"),
+    pytest.param(lambda s: explain(data=b""), 400, "EmptyRequest", id="empty body"),
+    pytest.param(lambda s: predict(method="GET"), 400, "EmptyRequest", id="GET"),
+    pytest.param(lambda s: explain(json={}), 400, "EmptyRequest", id="no picture"),
+    pytest.param(
+        lambda s: explain(data=json.dumps({"data": base64_of(s)}), headers={"Content-Type": "application/x-www-form-urlencoded"}),
+        400,
+        "EmptyRequest",
+        id="curl -d",
+    ),
+    pytest.param(lambda s: explain(data="{'data': 1}", headers=JSON), 400, "MalformedJSON", id="malformed JSON"),
+    pytest.param(lambda s: explain(data="[" * 100_000, headers=JSON), 400, "MalformedJSON", id="deep JSON"),
+    pytest.param(lambda s: explain(json=[1]), 400, "InvalidRequest", id="JSON list"),
+    pytest.param(lambda s: explain(json={"data": "@@@"}), 400, "MalformedBase64", id="malformed base64"),
+    pytest.param(lambda s: explain(json={"data": [[0.5] * 28] * 27}), 400, "WrongShape", id="wrong shape"),
+    pytest.param(lambda s: explain(json={"data": grid(1.5)}), 400, "InvalidPixel", id="out of range"),
+    pytest.param(lambda s: explain(json={"data": grid(-1)}), 400, "InvalidPixel", id="negative"),
+    pytest.param(lambda s: explain(data=json.dumps({"data": grid(np.nan)}), headers=JSON), 400, "InvalidPixel", id="NaN"),
+    pytest.param(lambda s: explain(data=json.dumps({"data": grid(np.inf)}), headers=JSON), 400, "InvalidPixel", id="infinity"),
+    pytest.param(lambda s: explain(json={"data": grid("1")}), 400, "InvalidPixel", id="text among numbers"),
+    pytest.param(lambda s: explain(data=bomb()), 413, "ImageTooLarge", id="bomb"),
+    *(
+        pytest.param(lambda s, t=t: explain(json={"data": base64_of(s), "target": t}), 400, "InvalidOption", id=f"target {t}")
+        for t in (-1, 10, True, 3.5, "seven", [], [3, 10])
+    ),
+    pytest.param(lambda s: explain(data=s.png, headers={"X-Saliency-Target": "-1"}), 400, "InvalidOption", id="header target -1"),
+    pytest.param(lambda s: explain(files={"data": s.png}, data={"target": "10"}), 400, "InvalidOption", id="form target 10"),
+    pytest.param(lambda s: predict(files={"data": s.png}, data={"target": "10"}), 400, "InvalidOption", id="unused target 10"),
+    pytest.param(lambda s: explain(json={"data": base64_of(s), "method": "magic"}), 400, "InvalidOption", id="unknown method"),
+    pytest.param(lambda s: explain(json={"data": base64_of(s), "colour": 1}), 400, "UnknownOption", id="unknown field"),
+    pytest.param(lambda s: explain(data=s.png, headers={"X-Saliency-Colour": "1"}), 400, "UnknownOption", id="unknown header"),
+    pytest.param(
+        lambda s: explain(data=json.dumps({"data": base64_of(s), "\ud800": 1}), headers=JSON),
+        400,
+        "UnknownOption",
+        id="lone surrogate",
+    ),
+    pytest.param(lambda s: explain(data=s.png, headers={"Accept": "text/csv"}), 406, "NotAcceptable", id="unknown Accept"),
+    pytest.param(lambda s: predict(data=s.png, headers={"Accept": "application/x-npy"}), 406, "NotAcceptable", id="npy, no map"),
+]
+
+
+def check_error(reply: requests.Response, status: int, kind: str) -> None:
+    assert reply.status_code == status, reply.text
+    assert reply.headers["content-type"] == "application/json"
+    content = reply.json()
+    assert content.keys() == {"error"}
+    assert content["error"].keys() == {"code", "type", "message"}
+    assert (content["error"]["code"], content["error"]["type"]) == (status, kind)
+    assert content["error"]["message"].startswith("got ")
+
+
+def ask_at_once(server: TorchServe, batch: list[Arguments]) -> list[requests.Response]:
+    barrier = Barrier(len(batch))
+
+    def wait_and_ask(arguments: Arguments) -> requests.Response:
+        barrier.wait()
+        return ask(server, arguments)
+
+    with ThreadPoolExecutor(len(batch)) as pool:
+        return list(pool.map(wait_and_ask, batch))
+
+
+@pytest.mark.parametrize(("make", "status", "kind"), ERRORS)
+def test_error_costs_its_neighbours_nothing(
+    server: TorchServe,
+    samples: list[Sample],
+    batch_count: Callable[[], int],
+    worker_pids: Callable[[], list[int]],
+    make: Callable[[Sample], Arguments],
+    status: int,
+    kind: str,
+) -> None:
+    """One bad request and seven good ones, sent at once, until they have shared one batch; right in every round."""
+    workers = worker_pids()
+    good = samples[: BATCH_SIZE - 1]
+    for _ in range(10):
+        batches_before = batch_count()
+        batch = [make(samples[0])] + [
+            explain(data=sample.png, headers={"X-Saliency-Target": str(target)}) if target % 2 else predict(data=sample.png)
+            for target, sample in enumerate(good)
+        ]
+        bad_reply, *good_replies = ask_at_once(server, batch)
+        check_error(bad_reply, status, kind)
+        for target, (sample, reply) in enumerate(zip(good, good_replies, strict=True)):
+            if target % 2:
+                check_explanation(reply, sample, target)
+            else:
+                check_prediction(reply, sample)
+        if batch_count() == batches_before + 1:
+            break
+    else:
+        pytest.fail("the eight requests never shared one batch")
+    assert worker_pids() == workers
+
+
+def test_body_over_the_limit_is_413(server: TorchServe) -> None:
+    reply = ask(server, predict(data=bytes(34_000_000), headers={"Content-Type": "image/png"}))
+    assert reply.status_code == 413
+
+
+def test_registering_a_model_over_http_is_off(server: TorchServe) -> None:
+    reply = requests.post(f"{server.management_address}/models?url=https://example.invalid/x.mar", timeout=TIMEOUT_S)
+    assert reply.status_code == 405
+
+
+# --- everything at once
+
+
+def test_storm_of_mixed_requests_gives_every_client_its_own_answer(
+    server: TorchServe, samples: list[Sample], batch_count: Callable[[], int], worker_pids: Callable[[], list[int]]
+) -> None:
+    random = np.random.default_rng(7)
+    request_count = 600
+    errors: list[Any] = [error.values for error in ERRORS]
+
+    def plan(_: int) -> tuple[Arguments, Callable[[requests.Response], object]]:
+        sample = samples[random.integers(len(samples))]
+        target = int(random.integers(10))
+        pair = [target, int(random.integers(10))]
+        make, status, kind = errors[random.integers(len(errors))]
+        plans: list[tuple[Arguments, Callable[[requests.Response], object]]] = [
+            (predict(data=sample.png), lambda reply: check_prediction(reply, sample)),
+            (predict(json={"data": sample.levels.tolist()}), lambda reply: check_prediction(reply, sample)),
+            (explain(data=sample.png), lambda reply: check_explanation(reply, sample)),
+            (
+                explain(files={"data": sample.png}, data={"target": target}),
+                lambda reply: check_explanation(reply, sample, target),
+            ),
+            (
+                explain(json={"data": base64_of(sample), "target": pair, "encoding": "base64"}),
+                lambda reply: check_explanation(reply, sample, pair),
+            ),
+            (
+                explain(data=sample.png, headers={"Accept": "application/x-npy", "X-Saliency-Target": str(target)}),
+                lambda reply: check_npy(reply, sample, target),
+            ),
+            (
+                predict(data=sample.png, headers={"X-Saliency-Explain": "true", "X-Saliency-Target": "all"}),
+                lambda reply: check_explanation(reply, sample, list(range(10))),
+            ),
+            (make(sample), lambda reply: check_error(reply, status, kind)),
+        ]
+        return plans[random.integers(len(plans))]
+
+    planned = [plan(number) for number in range(request_count)]
+    workers, batches_before = worker_pids(), batch_count()
+    with ThreadPoolExecutor(4 * BATCH_SIZE) as pool:
+        replies = list(pool.map(lambda arguments: ask(server, arguments), [arguments for arguments, _ in planned]))
+    batches = batch_count() - batches_before
+    for reply, (_, check) in zip(replies, planned, strict=True):
+        check(reply)
+    assert batches < request_count / 3, f"{request_count} requests came in {batches} batches: too few shared one"
+    assert worker_pids() == workers
