@@ -275,7 +275,7 @@ def test_client_prints_the_answer_and_draws_the_maps(
     lines = out.splitlines()
     assert len(lines) == 2
     assert re.fullmatch(
-        rf"\S+4-0\.png: digit 4, probability [01]\.\d{4}, served by {server.address} \(digits 1\.0, weights [0-9a-f]{{12}}\)",
+        rf"\S+4-0\.png: digit 4, probability [01]\.\d{{4}}, served by {server.address} \(digits 1\.0, weights [0-9a-f]{{12}}\)",
         lines[0],
     )
     with Image.open(output) as image:
