@@ -84,7 +84,7 @@ def draw_explanations(pictures: Sequence[Path], replies: Sequence[dict[str, Any]
         for axes, (target, saliency) in zip(all_axes[row, 1:], maps, strict=False):
             limit = float(np.abs(saliency).max()) or 1.0  # a flat map is drawn as zero
             image: AxesImage = axes.imshow(saliency, cmap=COLOUR_MAP, vmin=-limit, vmax=limit)
-            axes.set_title(f"what speaks for {target}", fontsize=10)
+            axes.set_title(f"score of {target}: red raises, blue lowers", fontsize=10)
             figure.colorbar(image, ax=axes, shrink=0.85).set_label("logit per unit of intensity", fontsize=8)
     output.parent.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context({"savefig.dpi": 110}):
