@@ -1,50 +1,369 @@
-"""A picture of any size -> the pixels that the network knows.
+"""Any picture of a digit -> the pixels that the network knows, and the way back.
 
-Knows nothing of image files, of HTTP or of TorchServe.
+What MNIST's makers did, for pictures that are less clean: find the ink, whatever the light; make it bright on dark; fit it into
+20x20 with its aspect kept; put its centre of mass into the middle of 28x28; stretch its intensities. Knows nothing of image
+files, of HTTP or of TorchServe.
+
+Everything that is looked for (where the ink is, how bright the paper, which way round) is looked for in a small copy of it.
+What comes out is one affine map of the picture's grey levels, `Preparation`, whose transpose carries gradients back.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import ndimage
+
+from handler.errors import BlankPicture
+
+Array = NDArray[np.float32]
+
+INK_SHARE = 20 / 28  # longer side of the ink, as a share of the network's picture, as in MNIST
+CENTRE_SHARE = 14.5 / 28  # where MNIST's makers put the centre of mass: the middle of pixel 14
+WORKING_SIZE = 160  # pixels of the longer side in which ink is looked for
+SMALLEST_WORKING_SIZE = 64  # smaller pictures are enlarged to this, so that filters have something to work on
+DETAILED_INK_SIZE = 80  # pixels: ink that is smaller than this in the working copy is looked at again, closer
+CLOSE_UP_MARGIN = 0.4  # of the ink's size, on each side, when it is looked at closer
+PAPER_WINDOW = 0.4  # of the shorter side: wider than any stroke, narrower than most shadows
+PAPER_WINDOW_STROKES = 3.0  # widths of the stroke, once that is known: narrower shadows are seen through then
+POLARITY_WINDOWS = (0.25, 0.6)  # of the shorter side: around fine strokes, and around bold ones
+CLEAN_PAPER = 0.95  # a picture of the network's size with such a margin all around is only inverted
+WEAK_INK, STRONG_INK = 0.35, 0.55  # of the strongest contrast: ink is weak pixels that touch a strong one
+MIN_CONTRAST = 0.04  # of the grey scale: less is no ink
+CLEAR_CONTRAST = 0.2  # more than this is ink, whatever the noise seems to be
+MIN_CONTRAST_TO_NOISE = 5.0  # in standard deviations of the paper
+SPECK_SHARE = 0.15  # a piece smaller than this share of the largest is dirt, unless it is near
+NEAR_SPECK_SHARE = 0.03  # the same within NEAR_GAP of the largest piece's box: the dash of a 5, a broken stroke
+NEAR_GAP = 0.12  # of the largest piece's size
+LINK_SHARE = 0.02  # of the longer side: pieces that are as near to each other as twice this are one
+BORDER_PIECE_FACTOR = 6  # a piece that touches the border is the digit only if it is this much larger than all others
+FINEST_STROKE = 2.2  # pixels of the network's picture: finer strokes are drawn as wide as this; MNIST's are 2 to 4 wide
+CLEARANCE = 1.5  # pixels of the network's picture around the ink that still count as its soft edge
+FULL_INK_PERCENTILE = 70  # of the ink's intensities becomes 1, as most of MNIST's ink is
 
 
 @dataclass(frozen=True, slots=True)
-class Canonical:
-    """A prepared picture.
+class Preparation:
+    """What is done to a picture, as one affine map: pixels = slope * rows @ grey @ columns.T + offset.
 
     Attributes:
-        pixels: float32 (height, width) of the network's input, intensity in [0, 1].
-        steps: what was done to the picture, in order; empty where it was canonical already.
+        rows: float32 (h, H), resampling and placement along y.
+        columns: float32 (w, W), along x.
+        slope: intensity per unit of grey; negative where the picture is inverted.
+        offset: float32 (h, w): the paper's level, and all that cleaning and clipping changed at this picture.
+        pixels: float32 (h, w): the prepared picture, intensity in [0, 1].
+        steps: what was done, in words and in order; empty where the picture was canonical already.
+        ink_box: left, top, right, bottom of the ink, in pixels of the picture; None where it was not looked for.
+        threshold: contrast to the paper, 0-1, from which a pixel was taken for ink; None likewise.
     """
 
-    pixels: NDArray[np.float32]
+    rows: Array
+    columns: Array
+    slope: float
+    offset: Array
+    pixels: Array
     steps: tuple[str, ...]
+    ink_box: tuple[int, int, int, int] | None = None
+    threshold: float | None = None
+
+    @property
+    def inverted(self) -> bool:
+        """Whether dark ink was made bright."""
+        return self.slope < 0
+
+    def apply(self, grey: Array) -> Array:
+        """Prepare a picture: (H, W) grey levels -> (h, w) intensities, with everything but the grey levels held fixed."""
+        return np.asarray(np.float32(self.slope) * (self.rows @ grey @ self.columns.T) + self.offset, dtype=np.float32)
+
+    def pull_back(self, gradient: Array) -> Array:
+        """Carry gradients by the network's pixels back to the picture's grey levels: (..., h, w) -> (..., H, W).
+
+        The chain rule through resampling, placement and inversion. Geometry, stretch, the paper's level and what was cleaned
+        away are held fixed.
+        """
+        return np.asarray(np.float32(self.slope) * (self.rows.T @ gradient @ self.columns), dtype=np.float32)
 
 
-def canonicalise(grey: NDArray[np.float32], height: int, width: int) -> Canonical:
-    """Scale a picture to the network's size. One that has it already passes through bit for bit.
+def prepare_nothing(grey: Array) -> Preparation:
+    """A picture that is canonical already: it goes to the network bit for bit."""
+    height, width = grey.shape
+    rows, columns = np.eye(height, dtype=np.float32), np.eye(width, dtype=np.float32)
+    return Preparation(rows, columns, slope=1.0, offset=np.zeros_like(grey), pixels=grey, steps=())
+
+
+def prepare_scaling(grey: Array, height: int, width: int) -> Preparation:
+    """Scale a picture to the network's size, and nothing else."""
+    if grey.shape == (height, width):
+        return prepare_nothing(grey)
+    rows, columns = _resample(grey.shape[0], 0, grey.shape[0], height), _resample(grey.shape[1], 0, grey.shape[1], width)
+    step = f"scaled from {grey.shape[1]}x{grey.shape[0]} to {width}x{height}"
+    pixels: Array = np.clip(rows @ grey @ columns.T, 0, 1)  # rounding may leave the range
+    return Preparation(rows, columns, slope=1.0, offset=np.zeros_like(pixels), pixels=pixels, steps=(step,))
+
+
+def prepare(grey: Array, height: int, width: int) -> Preparation:
+    """Find the digit in a picture and make it what the network knows.
 
     Args:
-        grey: float32 (H, W), intensity in [0, 1], ink bright on dark.
-    """
-    if grey.shape == (height, width):
-        return Canonical(grey, steps=())
-    rows = resampling_matrix(grey.shape[0], height)  # (height, H)
-    columns = resampling_matrix(grey.shape[1], width)  # (width, W)
-    pixels: NDArray[np.float32] = np.clip(rows @ grey @ columns.T, 0, 1)
-    return Canonical(pixels, steps=(f"scaled from {grey.shape[0]}x{grey.shape[1]} to {height}x{width}",))
-
-
-def resampling_matrix(source: int, target: int) -> NDArray[np.float32]:
-    """Weights that resample a line of `source` pixels to `target` pixels: linear, with antialiasing where it shrinks.
-
+        grey: float32 (H, W), brightness in [0, 1], of either polarity.
+        height, width: of the network's input.
     Returns:
-        float32 (target, source); each row sums to 1.
+        the preparation, which holds the prepared picture.
+    Raises:
+        BlankPicture: there is no ink.
     """
-    scale = source / target
+    if _is_canonical(grey, height, width):
+        return prepare_nothing(grey)
+    if _is_canonical(1 - grey, height, width) and _margin(grey).min() > CLEAN_PAPER:
+        nothing = prepare_nothing(1 - grey)
+        return replace(nothing, slope=-1.0, offset=np.ones_like(grey), steps=("inverted",))
+    view = _View.of(grey)
+    ink = _find_ink(view)
+    if max(ink.size) < DETAILED_INK_SIZE and view.shrinks:
+        view = _View.of(grey, view.region_around(ink.box))
+        ink = _find_ink(view)
+    return _place(view, ink, height, width)
+
+
+def _is_canonical(grey: Array, height: int, width: int) -> bool:
+    """Whether a picture has the network's size and dark paper."""
+    if grey.shape != (height, width):
+        return False
+    if grey.min() == grey.max():
+        raise BlankPicture("got a picture of one single grey level; a digit that differs from its paper is accepted")
+    return bool(np.median(_margin(grey)) < 0.3 and np.median(grey) < 0.5)
+
+
+def _margin(grey: Array) -> Array:
+    """The outermost pixels, as a line."""
+    return np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """A small copy of a part of the picture: working = rows @ grey @ columns.T.
+
+    Attributes:
+        rows, columns: (h', H) and (w', W).
+        working: (h', w').
+        region: left, top, right, bottom of the part, in pixels of the picture.
+    """
+
+    rows: Array
+    columns: Array
+    working: Array
+    region: tuple[float, float, float, float]
+
+    @classmethod
+    def of(cls, grey: Array, region: tuple[float, float, float, float] | None = None) -> "_View":
+        left, top, right, bottom = region or (0.0, 0.0, float(grey.shape[1]), float(grey.shape[0]))
+        longer = max(right - left, bottom - top)
+        scale = min(max(longer, SMALLEST_WORKING_SIZE), WORKING_SIZE) / longer
+        rows = _resample(grey.shape[0], top, bottom, max(2, round((bottom - top) * scale)))
+        columns = _resample(grey.shape[1], left, right, max(2, round((right - left) * scale)))
+        working = np.asarray(rows @ grey @ columns.T, dtype=np.float32)
+        return cls(rows, columns, working, (left, top, right, bottom))
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether the picture has more detail than the working copy."""
+        return bool(self.working.shape[0] < self.region[3] - self.region[1])
+
+    @property
+    def unit(self) -> tuple[float, float]:
+        """Pixels of the picture in one pixel of the working copy, along y and x."""
+        left, top, right, bottom = self.region
+        return (bottom - top) / self.working.shape[0], (right - left) / self.working.shape[1]
+
+    def region_around(self, box: tuple[int, int, int, int]) -> tuple[float, float, float, float]:
+        """A square-ish region of the picture around a box of the working copy."""
+        left, top, right, bottom = self.to_picture(box)
+        margin = CLOSE_UP_MARGIN * max(right - left, bottom - top)
+        limits = self.region
+        return (
+            max(left - margin, limits[0]),
+            max(top - margin, limits[1]),
+            min(right + margin, limits[2]),
+            min(bottom + margin, limits[3]),
+        )
+
+    def to_picture(self, box: tuple[int, int, int, int]) -> tuple[float, float, float, float]:
+        """A box of the working copy in pixels of the picture."""
+        unit_y, unit_x = self.unit
+        left, top = self.region[:2]
+        return left + box[0] * unit_x, top + box[1] * unit_y, left + box[2] * unit_x, top + box[3] * unit_y
+
+
+@dataclass(frozen=True, slots=True)
+class _Ink:
+    """Where the ink is in a working copy.
+
+    Attributes:
+        sign: 1 where ink is brighter than paper, -1 where it is darker.
+        contrast: (h', w'), how much more ink-like than the paper around it; about zero on paper.
+        mask: (h', w') bool, the digit's pixels.
+        others: (h', w') bool, pixels of pieces that were left out.
+        threshold: contrast from which a pixel is ink.
+        box: left, top, right, bottom of the mask.
+    """
+
+    sign: int
+    contrast: Array
+    mask: NDArray[np.bool_]
+    others: NDArray[np.bool_]
+    threshold: float
+    box: tuple[int, int, int, int]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the box."""
+        return self.box[3] - self.box[1], self.box[2] - self.box[0]
+
+    @property
+    def thickness(self) -> float:
+        """The stroke's width, in pixels of the working copy."""
+        depth = ndimage.distance_transform_edt(np.pad(self.mask, 1))[1:-1, 1:-1]
+        return 4 * (float(depth[self.mask].mean()) - 0.5)  # across a stroke of width w the depth's mean is w / 4 + 1/2
+
+
+def _find_ink(view: _View) -> _Ink:
+    working = view.working
+    smooth = ndimage.gaussian_filter(working, 0.8 * max(working.shape) / WORKING_SIZE, mode="nearest")
+    sign = _polarity(smooth)
+    window = PAPER_WINDOW * min(working.shape)
+    ink = _find_ink_with(working, smooth, sign, window)
+    narrower = PAPER_WINDOW_STROKES * ink.thickness
+    return _find_ink_with(working, smooth, sign, narrower) if narrower < window else ink
+
+
+def _find_ink_with(working: Array, smooth: Array, sign: int, window: float) -> _Ink:
+    """Find the ink where the paper's brightness is looked for in windows of this many pixels."""
+    paper = _paper(sign * smooth, window)
+    difference = sign * smooth - paper
+    difference -= np.median(difference)
+    noise = float(np.quantile(np.abs(difference), 0.3)) / 0.385  # standard deviation, were it Gaussian; ink may cover two thirds
+    strongest = float(np.sort(difference, axis=None)[-max(4, difference.size // 400) :].mean())
+    if strongest < min(max(MIN_CONTRAST, MIN_CONTRAST_TO_NOISE * noise), CLEAR_CONTRAST):
+        raise BlankPicture(
+            f"got a picture without ink: its contrast is {max(strongest, 0):.3f} of the grey scale; a digit is accepted"
+        )
+    weak = difference > WEAK_INK * strongest
+    linked = ndimage.binary_dilation(weak, iterations=max(1, round(LINK_SHARE * max(weak.shape))))
+    pieces, count = ndimage.label(linked, structure=np.ones((3, 3)))
+    pieces = np.where(weak, pieces, 0)
+    has_strong = np.zeros(count + 1, dtype=bool)
+    has_strong[pieces[difference > STRONG_INK * strongest]] = True
+    has_strong[0] = False
+    mask = _digit_pieces(np.where(has_strong[pieces], pieces, 0), count)
+    others = (pieces > 0) & ~mask
+    ys, xs = np.nonzero(mask)
+    box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
+    contrast = (sign * working - paper - np.median(sign * working - paper)).astype(np.float32)
+    return _Ink(sign, contrast, mask, others, WEAK_INK * strongest, box)
+
+
+def _polarity(smooth: Array) -> int:
+    """1 for bright ink on dark paper, -1 for dark on bright. Ink is the rarer of the two, so it gives the longer tail."""
+    margin = max(smooth.shape) // 6
+    padded = np.pad(
+        smooth, margin, constant_values=float(np.median(_margin(smooth)))
+    )  # paper around a digit that fills its picture
+    skewness = 0.0
+    for share in POLARITY_WINDOWS:
+        local_mean = ndimage.uniform_filter(padded, int(share * min(smooth.shape)) | 1, mode="nearest")
+        difference = (padded - local_mean)[margin:-margin, margin:-margin]
+        skewness += float((difference**3).mean() / max(difference.std(), 1e-6) ** 3)
+    return 1 if skewness > 0 else -1
+
+
+def _paper(smooth: Array, window: float) -> Array:
+    """The paper's brightness everywhere, where ink is brighter: what is left without things narrower than the window."""
+    size = int(window) | 1
+    opened = ndimage.grey_opening(smooth, size=(size, size), mode="nearest")
+    paper: Array = ndimage.gaussian_filter(opened, size / 6, mode="nearest")
+    return paper
+
+
+def _digit_pieces(pieces: NDArray[np.int32], count: int) -> NDArray[np.bool_]:
+    """Choose the connected pieces of ink that make the digit: the largest, and what is large or near enough to belong to it."""
+    areas = np.bincount(pieces.ravel(), minlength=count + 1).astype(float)
+    areas[0] = 0
+    boxes = ndimage.find_objects(pieces, max_label=count)
+    height, width = pieces.shape
+    inside = areas.copy()
+    for label, box in enumerate(boxes, start=1):
+        if box is not None and (box[0].start == 0 or box[1].start == 0 or box[0].stop == height or box[1].stop == width):
+            inside[label] /= BORDER_PIECE_FACTOR
+    main = int(inside.argmax())
+    main_y, main_x = boxes[main - 1]
+    gap = NEAR_GAP * max(main_y.stop - main_y.start, main_x.stop - main_x.start)
+    chosen = np.zeros(count + 1, dtype=bool)
+    for label, box in enumerate(boxes, start=1):
+        if box is None:
+            continue
+        y, x = box
+        near = (
+            y.start < main_y.stop + gap
+            and y.stop > main_y.start - gap
+            and x.start < main_x.stop + gap
+            and x.stop > main_x.start - gap
+        )
+        chosen[label] = inside[label] >= (NEAR_SPECK_SHARE if near else SPECK_SHARE) * areas[main]
+    return np.asarray(chosen[pieces])
+
+
+def _place(view: _View, ink: _Ink, height: int, width: int) -> Preparation:
+    """Fit the ink into the network's picture, as MNIST's makers did."""
+    scale = INK_SHARE * min(height, width) / max(ink.size)  # pixels of the network's picture in one of the working copy
+    reach = CLEARANCE / scale
+    near = ndimage.distance_transform_edt(~ink.mask) <= max(reach, 1)
+    clean = np.where(near & ~ink.others, np.clip(ink.contrast, 0, None), 0).astype(np.float32)
+    ys, xs = np.indices(clean.shape)
+    weights = np.where(ink.mask, clean, 0)
+    centre_y, centre_x = (float((axis * weights).sum() / weights.sum()) + 0.5 for axis in (ys, xs))
+
+    thickness = ink.thickness * scale
+    softness = float(np.clip(np.sqrt(max(FINEST_STROKE**2 - thickness**2, 0.0)), 1, FINEST_STROKE))
+    place_y = _placement(clean.shape[0], ink.box[1], ink.box[3], centre_y, scale, height, softness)
+    place_x = _placement(clean.shape[1], ink.box[0], ink.box[2], centre_x, scale, width, softness)
+    placed: Array = np.asarray(place_y @ clean @ place_x.T, dtype=np.float32)
+    inked = placed[placed > 0.35 * placed.max()]
+    gain = 1 / float(np.percentile(inked, FULL_INK_PERCENTILE))
+    pixels = np.asarray(np.clip(placed * gain, 0, 1), dtype=np.float32)
+
+    rows, columns = place_y @ view.rows, place_x @ view.columns
+    slope = ink.sign * gain
+    offset = np.asarray(pixels - slope * (place_y @ view.working @ place_x.T), dtype=np.float32)
+    left, top, right, bottom = view.to_picture(ink.box)
+    steps = [f"found ink {'brighter' if ink.sign > 0 else 'darker'} than its paper by more than {ink.threshold:.2f}"]
+    if ink.sign < 0:
+        steps.append("inverted")
+    steps.append(f"scaled its {right - left:.0f}x{bottom - top:.0f} pixels to {INK_SHARE * min(height, width):.0f}")
+    if softness > 1:
+        steps.append(f"drew its strokes of {thickness:.1f} pixels wider")
+    steps += ["centred by its mass", f"stretched its contrast by {gain:.2f}"]
+    box = (int(np.floor(left)), int(np.floor(top)), int(np.ceil(right)), int(np.ceil(bottom)))
+    return Preparation(rows, columns, slope, offset, pixels, tuple(steps), box, round(ink.threshold, 4))
+
+
+def _placement(source: int, start: int, stop: int, centre: float, scale: float, target: int, softness: float) -> Array:
+    """Weights (target, source) that put `centre` into the middle, but keep all from `start` to `stop` inside.
+
+    Each pixel of the target is a triangle-weighted mean, `softness` of its own pixels wide at half height.
+    """
+    middle = CENTRE_SHARE * target
+    middle = min(max(middle, (centre - start) * scale), target - (stop - centre) * scale)
+    wanted = centre + (np.arange(target) + 0.5 - middle) / scale  # where in the source each target pixel looks
+    reach = max(softness / scale, 1.0)
+    distances = np.abs(np.arange(source)[None, :] + 0.5 - wanted[:, None])
+    return np.asarray(np.clip(1 - distances / reach, 0, None) / reach, dtype=np.float32)
+
+
+def _resample(source: int, start: float, stop: float, target: int) -> Array:
+    """Weights (target, source) that resample a part of a line: linear, with antialiasing where it shrinks. Rows sum to 1."""
+    scale = (stop - start) / target
     reach = max(scale, 1.0)  # half width of the triangle filter, in source pixels
-    centres = (np.arange(target) + 0.5) * scale
-    distances = np.abs(np.arange(source)[None, :] + 0.5 - centres[:, None])  # (target, source)
+    wanted = start + (np.arange(target) + 0.5) * scale
+    distances = np.abs(np.arange(source)[None, :] + 0.5 - wanted[:, None])
     weights = np.clip(1 - distances / reach, 0, None)
     return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32)

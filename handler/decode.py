@@ -29,14 +29,16 @@ class Picture:
     Attributes:
         grey: float32 (H, W), intensity in [0, 1].
         source: what it was sent as, such as "PNG image" or "integers 0-255".
+        is_canonical: sent as numbers, which are taken as what the network knows already.
     """
 
     grey: NDArray[np.float32]
     source: str
+    is_canonical: bool = False
 
 
 def decode_image(content: bytes) -> Picture:
-    """Decode an image file to grey: EXIF orientation applied, transparency laid over white, first frame of several.
+    """Decode an image file to grey: EXIF orientation applied, transparency laid over paper, first frame of several.
 
     Raises:
         UnreadableImage: no image of an accepted format, or a damaged one.
@@ -67,12 +69,30 @@ def decode_image(content: bytes) -> Picture:
 
 
 def _grey(image: Image.Image) -> NDArray[np.float32]:
-    if image.mode.startswith("I;16"):
-        return np.asarray(image).astype(np.float32) / np.float32(65535)
+    if image.mode.startswith(("I", "F")):  # 16 or 32 bits, integers or floats
+        return _scale_deep(np.asarray(image).astype(np.float32), full_scale=65535 if image.mode.startswith("I;16") else None)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = _lay_over_paper(image.convert("RGBA"))
     return np.asarray(image.convert("L")).astype(np.float32) / np.float32(255)
+
+
+def _scale_deep(levels: NDArray[np.float32], full_scale: int | None) -> NDArray[np.float32]:
+    """Bring deep pixels into [0, 1]: by their type's full scale, else by the smallest usual one that holds them all."""
+    if not np.isfinite(levels).all():
+        raise ValueError("pixels that are not finite")
+    brightest = float(levels.max())
+    limit = full_scale or next((usual for usual in (1, 255, 65535) if brightest <= usual), brightest)
+    scaled: NDArray[np.float32] = np.clip(levels / np.float32(limit), 0, 1)
+    return scaled
+
+
+def _lay_over_paper(image: Image.Image) -> Image.Image:
+    """Lay a transparent picture over white paper, or over black where what is drawn is itself bright."""
+    red, green, blue, alpha = (np.asarray(band, dtype=np.float32) for band in image.split())
+    drawn = alpha.sum()
+    brightness = float(((red + green + blue) * alpha).sum() / (3 * 255 * drawn)) if drawn else 0.0
+    paper = Image.new("RGBA", image.size, "black" if brightness > 0.5 and alpha.min() == 0 else "white")
+    return Image.alpha_composite(paper, image)
 
 
 def decode_numbers(rows: list[Any], height: int, width: int) -> Picture:
@@ -96,7 +116,7 @@ def decode_numbers(rows: list[Any], height: int, width: int) -> Picture:
             raise InvalidPixel(
                 f"got {shown(rows[y][x])} at row {y}, column {x}; integers from 0 to 255, or floats from 0.0 to 1.0, are accepted"
             )
-    return Picture(np.array(rows, dtype=np.float32) / np.float32(limit), source)
+    return Picture(np.array(rows, dtype=np.float32) / np.float32(limit), source, is_canonical=True)
 
 
 def _describe_shape(value: object) -> str:

@@ -17,11 +17,11 @@ from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
 from handler.archive import load_network, verify_files
-from handler.canonical import canonicalise
-from handler.decode import decode_image, decode_numbers
+from handler.canonical import Preparation, prepare, prepare_nothing, prepare_scaling
+from handler.decode import Picture, decode_image, decode_numbers
 from handler.errors import InternalError, ServiceError
 from handler.reply import Maps, Reply, Result, render_error, render_result
-from handler.request import Request, parse_request
+from handler.request import Prepare, Request, parse_request
 from handler.saliency import Explanation, freeze, predict_and_explain
 
 logger = logging.getLogger(__name__)
@@ -99,12 +99,21 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 picture = decode_image(request.picture)
             else:
                 picture = decode_numbers(request.picture, height, width)
-            canonical = canonicalise(picture.grey, height, width)
+            preparation = self._choose_preparation(picture, request.options.prepare)
         except ServiceError as error:
             return error
         except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
             return _internal_error(error)
-        return request, canonical.pixels, {"source": picture.source, "steps": list(canonical.steps)}
+        return request, preparation.pixels, _describe(picture, preparation)
+
+    def _choose_preparation(self, picture: Picture, wanted: Prepare | None) -> Preparation:
+        """Numbers count as canonical unless the request says how to prepare them; images are prepared unless it says not to."""
+        _, height, width = self.input_shape
+        if picture.is_canonical and wanted is None:
+            return prepare_nothing(picture.grey)
+        if wanted is Prepare.NONE:
+            return prepare_scaling(picture.grey, height, width)
+        return prepare(picture.grey, height, width)
 
     def _infer(self, prepared: list[Prepared]) -> Sequence[Inferred | InternalError]:
         """Run the network once for all rows that can be answered."""
@@ -128,6 +137,15 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             maps = Maps(explanation.classes, explanation.maps.squeeze(1).cpu().numpy())  # (T, H, W)
         result = Result(logits.numpy(), maps, preparation)
         return render_result(result, request.options, request.reply_format, self.model_description)
+
+
+def _describe(picture: Picture, preparation: Preparation) -> dict[str, Any]:
+    """What the reply says of the preparation."""
+    description: dict[str, Any] = {"source": picture.source, "steps": list(preparation.steps), "inverted": preparation.inverted}
+    if preparation.ink_box is not None:
+        description["ink_box"] = list(preparation.ink_box)  # left, top, right, bottom in the client's pixels
+        description["threshold"] = preparation.threshold
+    return description
 
 
 def _internal_error(error: Exception) -> InternalError:

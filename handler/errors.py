@@ -12,6 +12,7 @@
         +-- WrongShape         400  numbers that do not have the shape of a picture
         +-- InvalidPixel       400  a number that is no intensity: out of range, NaN, infinite, not a number
         +-- UnreadableImage    400  not an image of an accepted format, or a damaged one
+        +-- BlankPicture       422  there is no ink in the picture
         +-- NotAcceptable      406  the Accept header allows no reply that could be given
         +-- ImageTooLarge      413  more pixels than are decoded
 
@@ -77,6 +78,12 @@ class InvalidPixel(ClientError):
 
 class UnreadableImage(ClientError):
     """The bytes are no image of an accepted format, or a damaged one."""
+
+
+class BlankPicture(ClientError):
+    """There is no ink in the picture."""
+
+    status = 422
 
 
 class NotAcceptable(ClientError):

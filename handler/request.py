@@ -84,7 +84,7 @@ class Options:
     target: Targets = Targets(classes=(None,), several=False)
     method: Method = Method.GRADIENT
     space: Space = Space.CANONICAL
-    prepare: Prepare = Prepare.AUTO
+    prepare: Prepare | None = None  # as the form of the picture suggests
     encoding: Encoding = Encoding.NESTED
 
 

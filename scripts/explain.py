@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
-from handler.canonical import canonicalise
+from handler.canonical import prepare
 from handler.decode import decode_image
 from scripts.package import MODEL_NAME
 
@@ -79,7 +79,7 @@ def draw_explanations(pictures: Sequence[Path], replies: Sequence[dict[str, Any]
     for row, (picture, reply) in enumerate(zip(pictures, replies, strict=True)):
         maps = _maps(reply)
         left = all_axes[row, 0]
-        left.imshow(canonicalise(decode_image(picture.read_bytes()).grey, *maps[0][1].shape).pixels, cmap="gray", vmin=0, vmax=1)
+        left.imshow(prepare(decode_image(picture.read_bytes()).grey, *maps[0][1].shape).pixels, cmap="gray", vmin=0, vmax=1)
         left.set_title(f"read as {reply['digit']} (p = {reply['probability']:.4f})", fontsize=10)
         for axes, (target, saliency) in zip(all_axes[row, 1:], maps, strict=False):
             limit = float(np.abs(saliency).max()) or 1.0  # a flat map is drawn as zero

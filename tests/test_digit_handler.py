@@ -119,7 +119,7 @@ def test_json_reply_says_all_that_the_contract_says(handler: DigitHandler, netwo
         "dtype": "float32",
         "encoding": "nested",
     }
-    assert reply["preparation"] == {"source": "PNG image", "steps": []}
+    assert reply["preparation"] == {"source": "PNG image", "steps": [], "inverted": False}
     assert reply["model"] == handler.model_description
 
 
