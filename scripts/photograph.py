@@ -95,7 +95,8 @@ SCENES: dict[str, Scene] = {
     ),
     "huge": Scene(
         longer_side=(3000, 4000), digit_share=(0.2, 0.7), paper=(0.6, 0.9), ink=(0.05, 0.3), texture=(0.01, 0.02),
-        light=(0.1, 0.3), blur=(0.0003, 0.001), noise=(0.01, 0.02), rotation=(-8, 8), jpeg_quality=(70, 90), thicken=(-0.03, 0.01),
+        light=(0.1, 0.3), blur=(0.0003, 0.001), noise=(0.01, 0.02), rotation=(-8, 8), jpeg_quality=(70, 90),
+        thicken=(-0.03, 0.01),
     ),
 }  # fmt: skip
 
