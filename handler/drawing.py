@@ -250,7 +250,7 @@ class _Lettering:
     @classmethod
     def for_size(cls, size: int) -> "_Lettering":
         """Choose by the size of a panel: readable at the smallest, in proportion to it above."""
-        font = _load_font(min(max(size // 20, 10), 48))
+        font = _load_font(min(max(size // 20, 12), 48))
         return cls(font, line_height=sum(font.getmetrics()), gap=max(size // 56, 3))
 
 
@@ -262,12 +262,12 @@ def _load_font(height: int) -> ImageFont.FreeTypeFont:
 
 
 def _draw_row(row: Row, style: Style, lettering: _Lettering) -> Image.Image:
-    """Draw one row: its panels under their labels and, side by side, its colour bar."""
+    """Draw one row: its panels under their labels and, side by side, its colour bar where it fits and there is a limit."""
     panels, limit = _draw_panels(row, style)
     names = [("picture", "")] if style.layout is Layout.SIDE_BY_SIDE else []
     names += [(f"class {target}", str(target)) for target in row.classes]
     cells = [_label(panel, choices, lettering) for panel, choices in zip(panels, names, strict=True)]
-    if style.layout is Layout.SIDE_BY_SIDE and panels[0].height >= 2 * lettering.line_height:
+    if style.layout is Layout.SIDE_BY_SIDE and limit > 0 and panels[0].height >= 2 * lettering.font.size:
         cells.append(_label(_draw_bar(panels[0].height, limit, style, lettering), ("",), lettering))
     return _join(cells, lettering.gap)
 
@@ -289,7 +289,7 @@ def _draw_bar(height: int, limit: float, style: Style, lettering: _Lettering) ->
     shares = np.linspace(highest, lowest, height, dtype=np.float32)[:, None]  # (height, 1)
     bar = _enlarge(_paint(shares, style.colormap), (lettering.line_height, height))
     ticks = [(0, f"{highest * limit:.3g}", "lt"), (height, f"{lowest * limit:.3g}", "lb")]
-    if style.polarity is Polarity.SIGNED and height >= 4 * lettering.line_height:
+    if style.polarity is Polarity.SIGNED and height >= 4 * lettering.font.size:
         ticks.append((height // 2, "0", "lm"))
     scale = Image.new("RGB", (ceil(max(lettering.font.getlength(text) for _, text, _ in ticks)), height), "white")
     for y, text, anchor in ticks:
