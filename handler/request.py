@@ -28,7 +28,7 @@ from handler.errors import (
 )
 
 PICTURE_FIELDS = ("data", "image", "body")  # a JSON or form field of one of these names holds the picture
-HEADER_PREFIX = "x-saliency-"  # an option's header is this and its name, in any letter case
+HEADER_PREFIX = "x-saliency-"  # an option's header is this and its name, in any letter case, with hyphens
 ROUTE_HEADER = "explain"  # TorchServe's frontend sets it on each request: "True" came in by an explanation route
 
 
@@ -166,7 +166,9 @@ def _parse_json(content: bytes) -> object:
 
 
 def _options_in(headers: Mapping[str, str]) -> dict[str, object]:
-    return {name.removeprefix(HEADER_PREFIX): value for name, value in headers.items() if name.startswith(HEADER_PREFIX)}
+    """Find options among headers. A name has hyphens there, since many proxies drop headers with underscores."""
+    prefixed = {name.removeprefix(HEADER_PREFIX): value for name, value in headers.items() if name.startswith(HEADER_PREFIX)}
+    return {name.replace("-", "_"): value for name, value in prefixed.items()}
 
 
 # --- the picture
