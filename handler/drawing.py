@@ -25,7 +25,7 @@ MAX_SIZE = 2048  # pixels
 MIN_PERCENTILE = 50
 MAX_PIXELS_DRAWN = 10_000_000  # 3 bytes each: also what does not compress stays below TorchServe's limit for a reply, 32 MiB
 OPACITY = 0.9  # of a full colour over the picture: below 1, so that the digit shows through
-HUE_SHARE = 0.6  # where a map that diverges has its two clearest colours: its ends are too dark over a dark picture
+HUE_SHARE = 0.6  # where a map that diverges has the two colours that it lays over a picture: its ends are too dark on black
 LEVELS = 255  # of a colour map: odd, so that zero is one of them
 COMPRESSION = 1  # of zlib: repeated pixels compress well at any level, and this one is the fastest
 UNIT = "logit per unit of intensity"
@@ -37,7 +37,7 @@ class Colormap(StrEnum):
     RDBU_R = "RdBu_r"
     PUOR = "PuOr"
     VIRIDIS = "viridis"
-    MAGMA = "magma"
+    PLASMA = "plasma"
     CIVIDIS = "cividis"
 
 
@@ -61,15 +61,15 @@ class Layout(StrEnum):
 DIVERGING = (Colormap.RDBU_R, Colormap.PUOR)
 
 # Colours at even distances, from the lowest number to the highest, with straight lines between them. RdBu and PuOr: ColorBrewer
-# by Cynthia Brewer, Penn State, Apache licence 2.0. viridis, magma: matplotlib, CC0. cividis: Nunez, Anderton and Renslow (2018),
-# CC0, as matplotlib has it: every 17th of its 256 colours, as for the other two.
+# by Cynthia Brewer, Penn State, Apache licence 2.0. viridis, plasma and cividis: every 17th of matplotlib's 256 colours, CC0;
+# cividis is of Nunez, Anderton and Renslow (2018).
 ANCHORS = {
     Colormap.RDBU_R: "053061 2166ac 4393c3 92c5de d1e5f0 f7f7f7 fddbc7 f4a582 d6604d b2182b 67001f",
     Colormap.PUOR: "7f3b08 b35806 e08214 fdb863 fee0b6 f7f7f7 d8daeb b2abd2 8073ac 542788 2d004b",
     Colormap.VIRIDIS: "440154 481a6c 472f7d 414487 39568c 31688e 2a788e 23888e "
     "1f988b 22a884 35b779 54c568 7ad151 a5db36 d2e21b fde725",
-    Colormap.MAGMA: "000004 0b0924 20114b 3b0f70 57157e 721f81 8c2981 a8327d "
-    "c43c75 de4968 f1605d fa7f5e fe9f6d febf84 fddea0 fcfdbf",
+    Colormap.PLASMA: "0d0887 330597 5002a2 6a00a8 8405a7 9c179e b12a90 c33d80 "
+    "d35171 e16462 ed7953 f68f44 fca636 fec029 f9dc24 f0f921",
     Colormap.CIVIDIS: "00224e 002e6c 1e3a6f 35456c 47516c 575d6d 666970 757575 "
     "848279 948e77 a59c74 b7a96e c8b866 dbc75a eed649 fee838",
 }
@@ -145,7 +145,7 @@ def draw(rows: Sequence[Row], style: Style) -> bytes:
         )
     if labelled:
         lines = [_draw_row(row, style, lettering) for row in rows]
-        drawing = ImageOps.expand(_join(lines, lettering.gap, down=True), lettering.gap, "white")
+        drawing = ImageOps.expand(_join(lines, 2 * lettering.gap, down=True), lettering.gap, "white")
     else:
         ((drawing,), _) = _draw_panels(rows[0], style)
     content = BytesIO()

@@ -196,7 +196,7 @@ def test_target_that_is_no_class_is_refused(value: object) -> None:
             ("clip_percentile", value, "a number from 50 to 100")
             for value in (49.9, 100.1, True, None, "nan", "inf", "+99", "1e2", "", float("nan"), "9" * 400)
         ],
-        ("colormap", "jet", "RdBu_r, PuOr, viridis, magma, cividis"),
+        ("colormap", "jet", "RdBu_r, PuOr, viridis, plasma, cividis"),
         ("polarity", "both", "signed, absolute, positive, negative"),
         ("layout", "mosaic", "overlay, map, side_by_side"),
     ],
@@ -208,8 +208,8 @@ def test_value_that_an_option_does_not_take_is_refused(name: str, value: object,
 
 def test_options_of_a_picture_are_read_together_from_fields_and_headers() -> None:
     headers = JSON_HEADERS | {"X-Saliency-Polarity": "absolute", "X-Saliency-Clip-Percentile": "95", "X-Saliency-Size": "64"}
-    options = parse({"body": {"data": BASE64, "colormap": "magma", "size": 100}}, headers).options
-    assert options.style == Style(size=100, colormap=Colormap.MAGMA, polarity=Polarity.ABSOLUTE, clip_percentile=95)
+    options = parse({"body": {"data": BASE64, "colormap": "plasma", "size": 100}}, headers).options
+    assert options.style == Style(size=100, colormap=Colormap.PLASMA, polarity=Polarity.ABSOLUTE, clip_percentile=95)
 
 
 def test_signed_numbers_in_sequential_colours_are_refused() -> None:
