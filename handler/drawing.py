@@ -129,19 +129,21 @@ def draw(rows: Sequence[Row], style: Style) -> bytes:
     Returns:
         a PNG, RGB; the same input gives the same bytes.
     Raises:
-        InvalidOption: the panels would have more than MAX_PIXELS_DRAWN pixels in all.
+        InvalidOption: the drawing would have more than MAX_PIXELS_DRAWN pixels.
     """
     labelled = len(rows) > 1 or len(rows[0].classes) > 1 or style.layout is Layout.SIDE_BY_SIDE
     lettering = _Lettering.for_size(style.size)
-    pixel_count = 0
+    widths, heights = [], []
     for row in rows:
         width, height = _panel_size(row, style)
         panel_count = len(row.classes) + (style.layout is Layout.SIDE_BY_SIDE)
-        pixel_count += panel_count * width * (height + labelled * lettering.line_height)
+        widths.append(panel_count * max(width, labelled * 3 * lettering.line_height))  # 3: a narrow panel with label and bar
+        heights.append(height + labelled * 2 * lettering.line_height)  # a label and a gap
+    pixel_count = max(widths) * sum(heights)
     if pixel_count > MAX_PIXELS_DRAWN:
         raise InvalidOption(
-            f"got 'size' {style.size}, with which the panels would have {pixel_count:,} pixels; "
-            f"up to {MAX_PIXELS_DRAWN:,} in all are accepted"
+            f"got 'size' {style.size}, with which the drawing would have about {pixel_count:,} pixels; "
+            f"up to {MAX_PIXELS_DRAWN:,} are accepted"
         )
     if labelled:
         lines = [_draw_row(row, style, lettering) for row in rows]

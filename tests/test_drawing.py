@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import struct
 from typing import Any
 
 import matplotlib as mpl
@@ -440,11 +441,28 @@ def test_extreme_proportions_are_drawn_in_every_layout() -> None:
 
 def test_drawing_of_too_many_pixels_is_refused_before_it_is_drawn() -> None:
     row = row_of(np.zeros((10, 28, 28), np.float32))
-    with pytest.raises(InvalidOption, match=r"^got 'size' 2048, .* [0-9,]+ pixels; up to 10,000,000 in all are accepted$"):
+    with pytest.raises(InvalidOption, match=r"^got 'size' 2048, .* about [0-9,]+ pixels; up to 10,000,000 are accepted$"):
         draw([row], Style(size=2048))
     with pytest.raises(InvalidOption, match="up to 10,000,000"):
         draw([row_of(np.zeros((1, 4000), np.float32))] * 100_000, Style(size=28))
     assert MAX_PIXELS_DRAWN == 10_000_000
+
+
+@pytest.mark.parametrize("layout", Layout)
+@pytest.mark.parametrize("shapes", [[(28, 28)], [(4000, 1)], [(1, 4000)], [(28, 28), (4000, 1), (1, 4000)]], ids=str)
+def test_no_drawing_has_many_more_pixels_than_the_limit(layout: Layout, shapes: list[tuple[int, int]]) -> None:
+    """As many rows as are let through, the first of them with ten maps: the narrow ones leave much white beside them."""
+    style = Style(size=448, layout=layout)
+    rows = [row_of(np.zeros((10, *shapes[0]), np.float32))]
+    most = None
+    for count in (*range(0, 20, 2), *range(20, 100, 10)):
+        try:
+            most = draw([*rows, *[row_of(np.zeros(shape, np.float32)) for shape in shapes] * count], style)
+        except InvalidOption:
+            break
+    assert most is not None
+    width, height = struct.unpack(">II", most[16:24])
+    assert width * height < 1.1 * MAX_PIXELS_DRAWN
 
 
 def test_largest_drawing_of_noise_fits_into_a_reply() -> None:
