@@ -174,8 +174,8 @@ def test_maps_of_one_row_share_their_limit_and_rows_do_not() -> None:
 
 
 def test_extreme_numbers_overflow_nothing() -> None:
-    pixels = drawn(row_of([[3e38, -3e38, 1e-45, 0]]), Style(size=40, layout=Layout.MAP, clip_percentile=50))
-    assert one_pixel_each(pixels, 1, 4)[0][:2] == [FULL_RED, FULL_BLUE]
+    pixels = drawn(row_of([[3e38, -3e38, 1e-30, 1e-30, -1e-30]]), Style(size=50, layout=Layout.MAP, clip_percentile=50))
+    assert one_pixel_each(pixels, 1, 5) == [[FULL_RED, FULL_BLUE, FULL_RED, FULL_RED, FULL_BLUE]]
     tiny = drawn(row_of([[1e-45, -1e-45, 0]]), map_style(size=30))
     assert one_pixel_each(tiny, 1, 3) == [[FULL_RED, FULL_BLUE, NEUTRAL]]
 
@@ -304,6 +304,7 @@ def test_constant_picture_is_drawn_as_it_is(grey: float) -> None:
         ((4000, 300), 400, (400, 30)),
         ((16, 16), 448, (448, 448)),
         ((1, 4000), 28, (1, 28)),
+        ((3, 7), 100, (43, 100)),
         ((1, 1), 33, (33, 33)),
     ],
     ids=str,
@@ -399,7 +400,13 @@ def test_side_by_side_has_the_picture_the_maps_and_a_bar() -> None:
     assert (tuple(scale[0, 0]), tuple(scale[-1, 0])) == (FULL_RED, FULL_BLUE)
     np.testing.assert_allclose(scale[139:141, 0].mean(axis=0), NEUTRAL, atol=1)
     beside = pixels[top : top + 280, bar_left + 21 :].min(axis=2) < 128
-    assert all(beside[rows].any() for rows in (slice(0, 20), slice(130, 150), slice(260, 280))), "limits and zero"
+    highest, zero, lowest = (
+        np.flatnonzero(beside[rows, :45].any(axis=0)) for rows in (slice(0, 20), slice(130, 150), slice(260, 280))
+    )
+    assert len(zero) > 0
+    assert highest[-1] + 3 < lowest[-1], "the lowest number has a minus sign before the same digits"
+    above = [pixels[:top, start : start + 280].tobytes() for start, _, _, _ in panels]
+    assert len(set(above)) == 3, "picture, class 0 and class 1 have labels of their own"
 
 
 def test_bar_has_its_unit_where_there_is_room() -> None:
