@@ -130,13 +130,18 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     def _render(self, prepared: Prepared, inferred: Inferred | InternalError) -> Reply:
         if isinstance(inferred, InternalError):
             return render_error(inferred)
-        request, _, preparation = prepared
+        request, pixels, preparation = prepared
         logits, explanation = inferred
         maps = None
         if explanation is not None:
             maps = Maps(explanation.classes, explanation.maps.squeeze(1).cpu().numpy())  # (T, H, W)
-        result = Result(logits.numpy(), maps, preparation)
-        return render_result(result, request.options, request.reply_format, self.model_description)
+        result = Result(logits.numpy(), maps, preparation, pixels)
+        try:
+            return render_result(result, request.options, request.reply_format, self.model_description)
+        except ServiceError as error:
+            return render_error(error)
+        except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
+            return render_error(_internal_error(error))
 
 
 def _describe(picture: Picture, preparation: Preparation) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from handler.drawing import Row, draw
 from handler.errors import ServiceError
 from handler.request import Encoding, Options, ReplyFormat
 
@@ -39,11 +40,13 @@ class Result:
         logits: float32 (K,).
         maps: the explanation, where it was asked for.
         preparation: what was done to the picture before, for the reply.
+        picture: float32 (H, W), the pixels that the maps are of, intensity in [0, 1].
     """
 
     logits: NDArray[np.float32]
     maps: Maps | None
     preparation: dict[str, Any]
+    picture: NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,13 @@ def render_result(result: Result, options: Options, reply_format: ReplyFormat, m
 
     Args:
         model: name, version and checksum, for the reply's `model`.
+    Raises:
+        InvalidOption: the picture asked for would be too large.
     """
     if reply_format is ReplyFormat.NPY and result.maps is not None:
         return _render_npy(result, result.maps, options)
+    if reply_format is ReplyFormat.PNG and result.maps is not None:
+        return _render_png(result, result.maps, options)
     return _render_json(result, options, model)
 
 
@@ -124,15 +131,24 @@ def _little_endian(saliency: NDArray[np.float32]) -> bytes:
 
 def _render_npy(result: Result, maps: Maps, options: Options) -> Reply:
     saliency = maps.saliency if options.target.several else maps.saliency[0]
-    digit = int(result.logits.argmax())
     body = BytesIO()
     np.save(body, saliency.astype("<f4"), allow_pickle=False)
-    headers = {
+    return Reply(HTTPStatus.OK, ReplyFormat.NPY, body.getvalue(), _map_headers(result, maps, options))
+
+
+def _render_png(result: Result, maps: Maps, options: Options) -> Reply:
+    drawing = draw([Row(result.picture, maps.saliency, maps.classes)], options.style)
+    return Reply(HTTPStatus.OK, ReplyFormat.PNG, drawing, _map_headers(result, maps, options))
+
+
+def _map_headers(result: Result, maps: Maps, options: Options) -> dict[str, str]:
+    """What a binary reply says beside the maps. Least and largest are of their numbers, whatever the colours."""
+    digit = int(result.logits.argmax())
+    return {
         "X-Digit": str(digit),
         "X-Probability": repr(float(probabilities_of(result.logits)[digit])),
         "X-Saliency-Method": str(options.method),
         "X-Saliency-Target": ",".join(str(target) for target in maps.classes),
-        "X-Saliency-Min": repr(float(saliency.min())),
-        "X-Saliency-Max": repr(float(saliency.max())),
+        "X-Saliency-Min": repr(float(maps.saliency.min())),
+        "X-Saliency-Max": repr(float(maps.saliency.max())),
     }
-    return Reply(HTTPStatus.OK, ReplyFormat.NPY, body.getvalue(), headers)

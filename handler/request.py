@@ -7,6 +7,7 @@ which an option can stand (field, header). Knows nothing of images, of torch or 
 import base64
 import binascii
 import contextlib
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
+from handler.drawing import MAX_SIZE, MIN_PERCENTILE, MIN_SIZE, Colormap, Layout, Polarity, Style
 from handler.errors import (
     EmptyRequest,
     InvalidOption,
@@ -26,7 +28,7 @@ from handler.errors import (
 )
 
 PICTURE_FIELDS = ("data", "image", "body")  # a JSON or form field of one of these names holds the picture
-HEADER_PREFIX = "x-saliency-"  # an option's header is this and its name, in any letter case
+HEADER_PREFIX = "x-saliency-"  # an option's header is this and its name, in any letter case, with hyphens
 ROUTE_HEADER = "explain"  # TorchServe's frontend sets it on each request: "True" came in by an explanation route
 
 
@@ -61,6 +63,7 @@ class ReplyFormat(StrEnum):
 
     JSON = "application/json"
     NPY = "application/x-npy"
+    PNG = "image/png"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class Options:
     space: Space = Space.CANONICAL
     prepare: Prepare | None = None  # as the form of the picture suggests
     encoding: Encoding = Encoding.NESTED
+    style: Style = dataclasses.field(default_factory=Style)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +166,9 @@ def _parse_json(content: bytes) -> object:
 
 
 def _options_in(headers: Mapping[str, str]) -> dict[str, object]:
-    return {name.removeprefix(HEADER_PREFIX): value for name, value in headers.items() if name.startswith(HEADER_PREFIX)}
+    """Find options among headers. A name has hyphens there, since many proxies drop headers with underscores."""
+    prefixed = {name.removeprefix(HEADER_PREFIX): value for name, value in headers.items() if name.startswith(HEADER_PREFIX)}
+    return {name.replace("-", "_"): value for name, value in prefixed.items()}
 
 
 # --- the picture
@@ -211,7 +217,8 @@ def _read_options(given: Mapping[str, object], class_count: int, *, explain_rout
         values[name] = OPTION_PARSERS[name](name, value.strip() if isinstance(value, str) else value, class_count)
     if explain_route:
         values["explain"] = True
-    return Options(**values)
+    style = Style(**{name: values.pop(name) for name in STYLE_OPTIONS if name in values})
+    return Options(**values, style=style)
 
 
 def _parse_flag(name: str, value: object, _class_count: int) -> bool:
@@ -251,6 +258,22 @@ def _parse_class(name: str, value: object, class_count: int) -> int | None:
     )
 
 
+def _parse_size(name: str, value: object, _class_count: int) -> int:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+        value = int(value)
+    if type(value) is int and MIN_SIZE <= value <= MAX_SIZE:
+        return value
+    raise InvalidOption(f"got {shown(value)} as {name!r}; an integer from {MIN_SIZE} to {MAX_SIZE} is accepted")
+
+
+def _parse_percentile(name: str, value: object, _class_count: int) -> float:
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+        value = float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and MIN_PERCENTILE <= value <= 100:
+        return float(value)
+    raise InvalidOption(f"got {shown(value)} as {name!r}; a number from {MIN_PERCENTILE} to 100 is accepted")
+
+
 Choice = TypeVar("Choice", bound=StrEnum)
 
 
@@ -273,7 +296,13 @@ OPTION_PARSERS: Mapping[str, Callable[[str, object, int], object]] = {
     "space": _ChoiceParser(Space),
     "prepare": _ChoiceParser(Prepare),
     "encoding": _ChoiceParser(Encoding),
+    "size": _parse_size,
+    "colormap": _ChoiceParser(Colormap),
+    "polarity": _ChoiceParser(Polarity),
+    "clip_percentile": _parse_percentile,
+    "layout": _ChoiceParser(Layout),
 }
+STYLE_OPTIONS = tuple(field.name for field in dataclasses.fields(Style))  # the options of pictures
 
 
 # --- the reply's format
@@ -284,7 +313,7 @@ def _negotiate(accept: str, *, explain: bool) -> ReplyFormat:
     if not accept.strip():
         return ReplyFormat.JSON
     ranges = dict(_media_ranges(accept))
-    offered = [ReplyFormat.JSON, *([ReplyFormat.NPY] if explain else [])]  # npy is the map, and only an explanation has one
+    offered = list(ReplyFormat) if explain else [ReplyFormat.JSON]  # the others are maps, and only an explanation has one
 
     def quality(reply_format: ReplyFormat) -> float:
         type_range = reply_format.partition("/")[0] + "/*"
@@ -293,7 +322,7 @@ def _negotiate(accept: str, *, explain: bool) -> ReplyFormat:
     best = max(offered, key=quality)  # of equals the first
     if quality(best) > 0:
         return best
-    hint = "" if explain else f" ({ReplyFormat.NPY} is the format of a map: ask for an explanation)"
+    hint = "" if explain else f" ({ReplyFormat.NPY} and {ReplyFormat.PNG} are formats of maps: ask for an explanation)"
     raise NotAcceptable(f"got Accept: {shown(accept)}; accepted: {', '.join(offered)}{hint}")
 
 

@@ -11,19 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 import requests
-from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
-from numpy.typing import NDArray
 
 from handler.canonical import prepare
 from handler.decode import decode_image
+from handler.drawing import Layout, Row, Style, draw
+from handler.errors import InvalidOption
 from scripts.package import MODEL_NAME
 
-COLOUR_MAP = "RdBu_r"  # diverging, and told apart by colour-blind people too: blue below zero, red above
-CELL_INCHES = 2.6
 TIMEOUT_S = 60
 
 
@@ -66,37 +62,25 @@ def _error_message(reply: requests.Response) -> str:
         return reply.reason
 
 
-def draw_explanations(pictures: Sequence[Path], replies: Sequence[dict[str, Any]], output: Path) -> None:
-    """Draw each picture as the network saw it, beside its maps, one row a picture, into a PNG.
+def draw_explanations(pictures: Sequence[Path], replies: Sequence[dict[str, Any]], output: Path, *, size: int) -> None:
+    """Draw each picture as the network saw it, beside its maps and their colour bar, one row a picture, into a PNG.
 
-    The colours of a map are symmetric around zero, with limits of its own: compare shapes between maps, and numbers by the bar.
+    Args:
+        size: pixels of the longer side of one panel.
+    Raises:
+        InvalidOption: the drawing would be too large.
     """
-    columns = 1 + max(len(_maps(reply)) for reply in replies)
-    figure = Figure(figsize=(CELL_INCHES * columns * 1.25, CELL_INCHES * len(pictures)), layout="constrained")
-    all_axes = figure.subplots(len(pictures), columns, squeeze=False)
-    for axes in all_axes.flat:
-        axes.set_axis_off()
-    for row, (picture, reply) in enumerate(zip(pictures, replies, strict=True)):
-        maps = _maps(reply)
-        left = all_axes[row, 0]
-        left.imshow(prepare(decode_image(picture.read_bytes()).grey, *maps[0][1].shape).pixels, cmap="gray", vmin=0, vmax=1)
-        left.set_title(f"read as {reply['digit']} (p = {reply['probability']:.4f})", fontsize=10)
-        for axes, (target, saliency) in zip(all_axes[row, 1:], maps, strict=False):
-            limit = float(np.abs(saliency).max()) or 1.0  # a flat map is drawn as zero
-            image: AxesImage = axes.imshow(saliency, cmap=COLOUR_MAP, vmin=-limit, vmax=limit)
-            axes.set_title(f"score of {target}: red raises, blue lowers", fontsize=10)
-            figure.colorbar(image, ax=axes, shrink=0.85).set_label("logit per unit of intensity", fontsize=8)
+    rows = []
+    for picture, reply in zip(pictures, replies, strict=True):
+        explanation = reply["explanation"]
+        classes = np.atleast_1d(explanation["target"]).tolist()
+        saliency = np.array(explanation["saliency"], dtype=np.float32)
+        maps = saliency.reshape(len(classes), *saliency.shape[-2:])  # (T, H, W)
+        pixels = prepare(decode_image(picture.read_bytes()).grey, *maps.shape[1:]).pixels
+        rows.append(Row(pixels, maps, tuple(classes)))
+    drawing = draw(rows, Style(size=size, layout=Layout.SIDE_BY_SIDE))
     output.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context({"savefig.dpi": 110}):
-        figure.savefig(output, metadata={"Software": None})  # the same picture gives the same bytes
-
-
-def _maps(reply: dict[str, Any]) -> list[tuple[int, NDArray[np.float32]]]:
-    """Each explained class with its map (H, W)."""
-    explanation = reply["explanation"]
-    targets = np.atleast_1d(explanation["target"]).tolist()
-    saliency = np.array(explanation["saliency"], dtype=np.float32)
-    return list(zip(targets, saliency.reshape(len(targets), *saliency.shape[-2:]), strict=True))
+    output.write_bytes(drawing)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -111,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", default="predicted", help="a class, 'predicted', several with commas, or 'all'")
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="the inference API")
     parser.add_argument("--model", default=MODEL_NAME, help="the served model's name")
+    parser.add_argument("--size", type=int, default=224, help="pixels of the longer side of one panel")
     parser.add_argument("--output", type=Path, default=Path("build/explanation.png"), help="the PNG")
     return parser
 
@@ -127,10 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             served = f"{url} ({model['name']} {model['version']}, weights {model['weights_sha256'][:12]})"
             print(f"{picture}: digit {reply['digit']}, probability {reply['probability']:.4f}, served by {served}")
             replies.append(reply)
-    except ExplainError as error:
+        draw_explanations(arguments.pictures, replies, arguments.output, size=arguments.size)
+    except (ExplainError, InvalidOption) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    draw_explanations(arguments.pictures, replies, arguments.output)
     print(f"wrote {arguments.output}", file=sys.stderr)
     return 0
 

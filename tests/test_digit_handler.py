@@ -19,8 +19,10 @@ from torch import nn
 from ts.context import Context, RequestProcessor
 
 import handler.digit_handler as handler_module
+import handler.reply as reply_module
 from handler.archive import ArchiveError
 from handler.digit_handler import DigitHandler
+from handler.drawing import Row, Style, draw
 from handler.saliency import predict_and_explain
 from tests.conftest import DIGIT_FILES, label_of, manifest_of
 
@@ -62,12 +64,13 @@ MIXED: Batch = [
     ({"body": {"data": base64.b64encode(PICTURE).decode(), "target": 11}}, {"explain": "True"}),
     ({"body": bytearray(PICTURE)}, {"explain": "True", "Accept": "application/x-npy"}),
     ({}, {"explain": "False", "describe": "True"}),
+    ({"body": bytearray(PICTURE)}, {"explain": "True", "Accept": "image/png", "X-Saliency-Target": "4,9"}),
 ]
 
 
 def test_every_row_of_a_mixed_batch_gets_the_answer_that_it_gets_alone(handler: DigitHandler, tmp_path: Path) -> None:
     together = answer(handler, MIXED, tmp_path / "unpacked")
-    assert [status for status, _, _ in together] == [200, 200, 200, 400, 200, 400, 200, 400]
+    assert [status for status, _, _ in together] == [200, 200, 200, 400, 200, 400, 200, 400, 200]
     for row, (status, headers, body) in zip(MIXED, together, strict=True):
         ((status_alone, headers_alone, body_alone),) = answer(handler, [row], tmp_path / "unpacked")
         assert status == status_alone
@@ -75,6 +78,9 @@ def test_every_row_of_a_mixed_batch_gets_the_answer_that_it_gets_alone(handler: 
         assert headers["content-type"] == headers_alone["content-type"]
         if headers["content-type"] == "application/json":
             assert_close(json.loads(body), json.loads(body_alone))
+        elif headers["content-type"] == "image/png":
+            with Image.open(io.BytesIO(body)) as drawn, Image.open(io.BytesIO(body_alone)) as drawn_alone:
+                np.testing.assert_allclose(np.asarray(drawn).astype(int), np.asarray(drawn_alone).astype(int), atol=3)
         else:
             np.testing.assert_allclose(np.load(io.BytesIO(body)), np.load(io.BytesIO(body_alone)), rtol=0, atol=1e-5)
 
@@ -159,11 +165,54 @@ def test_base64_and_npy_hold_the_very_floats_of_the_nested_form(handler: DigitHa
     assert float(npy[1]["X-Saliency-Max"]) == array.max()
 
 
+def test_png_shows_the_map_of_its_own_row_over_its_own_picture(handler: DigitHandler, network: nn.Module, tmp_path: Path) -> None:
+    """Every row of a batch another digit, and each drawing what the drawing module makes of that digit's own map."""
+    rows: Batch = [
+        ({"body": bytearray(file.read_bytes())}, {"explain": "True", "Accept": "image/png", "X-Saliency-Size": "56"})
+        for file in DIGIT_FILES[::10]
+    ]
+    for file, (status, headers, body) in zip(DIGIT_FILES[::10], answer(handler, rows, tmp_path / "unpacked"), strict=True):
+        logits, (explanation,) = predict_and_explain(network, torch.tensor(pixels_of(file))[None, None], [(None,)])
+        assert explanation is not None
+        maps = explanation.maps[:, 0].numpy()
+        expected = draw([Row(pixels_of(file), maps, explanation.classes)], Style(size=56))
+        assert status == 200
+        assert headers["content-type"] == "image/png"
+        with Image.open(io.BytesIO(body)) as drawn, Image.open(io.BytesIO(expected)) as wanted:
+            difference = np.asarray(drawn).astype(int) - np.asarray(wanted)
+        assert np.abs(difference).max() <= 3, "more than float32's rounding between batches can do"
+        assert headers["X-Digit"] == headers["X-Saliency-Target"] == str(int(logits.argmax()))
+        assert float(headers["X-Saliency-Min"]) == pytest.approx(maps.min(), abs=1e-5)
+        assert float(headers["X-Saliency-Max"]) == pytest.approx(maps.max(), abs=1e-5)
+
+
+def test_drawing_that_would_be_too_large_costs_its_neighbours_nothing(handler: DigitHandler, tmp_path: Path) -> None:
+    options = {"X-Saliency-Size": "2048", "X-Saliency-Target": "all"}
+    large: Batch = [({"body": bytearray(PICTURE)}, {"explain": "True", "Accept": "image/png"} | options)]
+    bad, good = answer(handler, large + MIXED[:1], tmp_path / "unpacked")
+    assert (bad[0], good[0]) == (400, 200)
+    assert bad[1]["content-type"] == "application/json"
+    assert json.loads(bad[2])["error"]["type"] == "InvalidOption"
+
+
+def test_defect_in_rendering_is_a_500_for_that_row(
+    handler: DigitHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bytes:
+        raise KeyError("secret")
+
+    monkeypatch.setattr(reply_module, "draw", broken)
+    picture: Batch = [({"body": bytearray(PICTURE)}, {"explain": "True", "Accept": "image/png"})]
+    bad, good = answer(handler, picture + MIXED[1:2], tmp_path / "unpacked")
+    assert (bad[0], good[0]) == (500, 200)
+    assert b"secret" not in bad[2]
+
+
 def test_one_forward_serves_a_whole_batch(handler: DigitHandler, tmp_path: Path) -> None:
     rows = []
     handler.model.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
     answer(handler, MIXED, tmp_path / "unpacked")
-    assert rows == [5]
+    assert rows == [6]
 
 
 def test_batch_of_errors_alone_runs_no_network(handler: DigitHandler, tmp_path: Path) -> None:

@@ -10,17 +10,18 @@ from scripts.package import ROOT
 HANDLER_IMPORTS = {  # module -> the handler modules that it may import
     "__init__": set[str](),
     "errors": set[str](),
-    "request": {"errors"},
+    "request": {"errors", "drawing"},
     "decode": {"errors"},
     "canonical": {"errors"},
-    "reply": {"errors", "request"},
+    "drawing": {"errors"},
+    "reply": {"errors", "request", "drawing"},
     "saliency": set[str](),
     "archive": set[str](),
     "digit_handler": {"errors", "request", "decode", "canonical", "reply", "saliency", "archive"},
 }
 OUTSIDE = {  # package -> the only handler modules that may import it
     "ts": {"digit_handler"},
-    "PIL": {"decode", "reply"},
+    "PIL": {"decode", "drawing"},
     "torch": {"saliency", "archive", "digit_handler"},
     "orjson": {"reply"},
 }

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from handler.drawing import Colormap, Layout, Polarity, Style
 from handler.errors import (
     ClientError,
     EmptyRequest,
@@ -138,6 +139,14 @@ OPTION_CASES = [
     pytest.param("space", "canonical", Options(), id="space"),
     pytest.param("prepare", "none", Options(prepare=Prepare.NONE), id="prepare"),
     pytest.param("encoding", "base64", Options(encoding=Encoding.BASE64), id="encoding"),
+    pytest.param("size", 28, Options(style=Style(size=28)), id="least size"),
+    pytest.param("size", 2048, Options(style=Style(size=2048)), id="largest size"),
+    pytest.param("colormap", "PuOr", Options(style=Style(colormap=Colormap.PUOR)), id="colormap"),
+    pytest.param("polarity", "negative", Options(style=Style(polarity=Polarity.NEGATIVE)), id="polarity"),
+    pytest.param("clip_percentile", 50, Options(style=Style(clip_percentile=50)), id="least percentile"),
+    pytest.param("clip_percentile", 99.9, Options(style=Style(clip_percentile=99.9)), id="percentile"),
+    pytest.param("clip_percentile", 100, Options(style=Style(clip_percentile=100)), id="largest percentile"),
+    pytest.param("layout", "side_by_side", Options(style=Style(layout=Layout.SIDE_BY_SIDE)), id="layout"),
 ]
 
 
@@ -148,7 +157,7 @@ def test_option_means_the_same_in_json_form_and_header(name: str, value: object,
     assert parse({"data": bytearray(PICTURE), name: bytearray(text.encode())}).options == expected
     assert parse({"data": bytearray(PICTURE), name: text}).options == expected
     assert parse({"body": bytearray(PICTURE)}, {f"X-SALIENCY-{name}": f" {text} "}).options == expected
-    assert parse({"body": bytearray(PICTURE)}, {f"x-saliency-{name}": text}).options == expected
+    assert parse({"body": bytearray(PICTURE)}, {f"x-saliency-{name.replace('_', '-')}": text}).options == expected
 
 
 @pytest.mark.parametrize("text", ["3,9", "3, 9", "[3, 9]", " 3 ,9 "])
@@ -182,11 +191,32 @@ def test_target_that_is_no_class_is_refused(value: object) -> None:
         ("prepare", "Auto", "auto, none"),
         ("encoding", 64, "nested, base64"),
         ("encoding", ["nested"], "nested, base64"),
+        *[("size", value, "an integer from 28 to 2048") for value in (27, 2049, 448.0, True, None, "-28", "1e2", "", "9" * 400)],
+        *[
+            ("clip_percentile", value, "a number from 50 to 100")
+            for value in (49.9, 100.1, True, None, "nan", "inf", "+99", "1e2", "", float("nan"), "9" * 400)
+        ],
+        ("colormap", "jet", "RdBu_r, PuOr, viridis, plasma, cividis"),
+        ("polarity", "both", "signed, absolute, positive, negative"),
+        ("layout", "mosaic", "overlay, map, side_by_side"),
     ],
 )
 def test_value_that_an_option_does_not_take_is_refused(name: str, value: object, accepted: str) -> None:
     with pytest.raises(InvalidOption, match=rf"as '{name}'; .*{accepted}"):
         parse({"body": {"data": BASE64, name: value}}, JSON_HEADERS)
+
+
+def test_options_of_a_picture_are_read_together_from_fields_and_headers() -> None:
+    headers = JSON_HEADERS | {"X-Saliency-Polarity": "absolute", "X-Saliency-Clip-Percentile": "95", "X-Saliency-Size": "64"}
+    options = parse({"body": {"data": BASE64, "colormap": "plasma", "size": 100}}, headers).options
+    assert options.style == Style(size=100, colormap=Colormap.PLASMA, polarity=Polarity.ABSOLUTE, clip_percentile=95)
+
+
+def test_signed_numbers_in_sequential_colours_are_refused() -> None:
+    with pytest.raises(
+        InvalidOption, match="got 'colormap' viridis with 'polarity' signed; accepted for signed numbers: RdBu_r, PuOr"
+    ):
+        parse({"body": {"data": BASE64, "colormap": "viridis"}}, JSON_HEADERS)
 
 
 def test_option_that_is_no_text_is_refused() -> None:
@@ -204,7 +234,9 @@ def test_option_that_is_no_text_is_refused() -> None:
 )
 def test_unknown_option_is_refused_and_the_known_ones_are_named(row: object, headers: dict[str, str]) -> None:
     with pytest.raises(
-        UnknownOption, match="got the option 'colour'; accepted are explain, target, method, space, prepare, encoding"
+        UnknownOption,
+        match="got the option 'colour'; accepted are explain, target, method, space, prepare, encoding, "
+        "size, colormap, polarity, clip_percentile, layout ",
     ):
         parse(row, headers)
 
@@ -242,19 +274,30 @@ def test_only_the_frontends_own_header_makes_an_explanation_of_a_prediction() ->
         ("text/html, application/xhtml+xml, */*;q=0.8", ReplyFormat.JSON),
         ("application/json;q=0, */*", ReplyFormat.NPY),
         ("application/json; charset=utf-8", ReplyFormat.JSON),
+        ("image/png", ReplyFormat.PNG),
+        ("image/*", ReplyFormat.PNG),
+        ("image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8", ReplyFormat.PNG),
+        ("image/png;q=0.9, application/x-npy", ReplyFormat.NPY),
+        ("image/png, application/json", ReplyFormat.JSON),
+        ("application/*;q=0, */*", ReplyFormat.PNG),
     ],
 )
 def test_reply_format_follows_accept(accept: str, expected: ReplyFormat) -> None:
     assert parse({"body": bytearray(PICTURE)}, {"Accept": accept, "explain": "True"}).reply_format is expected
 
 
-@pytest.mark.parametrize("accept", ["text/html", "image/*", "application/json;q=0", "json", "*/*;q=0", "*/*;q=many", "*/*;q=nan"])
+@pytest.mark.parametrize(
+    "accept", ["text/html", "image/gif", "application/json;q=0", "json", "*/*;q=0", "*/*;q=many", "*/*;q=nan"]
+)
 def test_accept_that_allows_no_reply_is_406(accept: str) -> None:
     with pytest.raises(NotAcceptable, match=r"^got Accept: ") as caught:
         parse({"body": bytearray(PICTURE)}, {"Accept": accept, "explain": "True"})
     assert caught.value.status == 406
 
 
-def test_npy_is_refused_where_there_is_no_map() -> None:
-    with pytest.raises(NotAcceptable, match="ask for an explanation"):
-        parse({"body": bytearray(PICTURE)}, {"Accept": "application/x-npy"})
+@pytest.mark.parametrize("accept", ["application/x-npy", "image/png", "image/*"])
+def test_format_of_maps_is_refused_where_there_is_no_map(accept: str) -> None:
+    with pytest.raises(
+        NotAcceptable, match=r"accepted: application/json .*image/png are formats of maps: ask for an explanation"
+    ):
+        parse({"body": bytearray(PICTURE)}, {"Accept": accept})

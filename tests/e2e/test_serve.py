@@ -280,7 +280,8 @@ def test_client_prints_the_answer_and_draws_the_maps(
     )
     with Image.open(output) as image:
         assert image.format == "PNG"
-        assert image.width / image.height == pytest.approx((1 + maps) * 1.25 / 2, rel=0.01)
+        assert (1 + maps) * 224 < image.width < (1 + maps) * 228 + 90  # panels and their gaps; the bar
+        assert 2 * 224 < image.height < 2 * 250
         red, _, blue = np.moveaxis(np.asarray(image.convert("RGB"), dtype=int), 2, 0)
     assert (red > blue + 50).any()
     assert (blue > red + 50).any()
@@ -295,6 +296,8 @@ def test_client_passes_on_the_servers_refusal(server: TorchServe, tmp_path: Path
     assert (code, "got 'ten' as 'target'" in err) == (1, True)
     code, _, err = run_explain(capsys, str(DIGIT_FILES[0]), "--url", server.address, "--model", "letters")
     assert (code, "Model not found: letters" in err) == (1, True)
+    code, _, err = run_explain(capsys, *[str(DIGIT_FILES[0])] * 2, "--url", server.address, "--target", "all", "--size", "1000")
+    assert (code, "error: got 'size' 1000" in err) == (1, True)
 
 
 def test_client_says_where_no_server_is(capsys: pytest.CaptureFixture[str]) -> None:
