@@ -1,7 +1,7 @@
 """Random distortions of digit pictures, a whole batch at a time.
 
-Float pictures in [0, 1] in, float pictures in [0, 1] out, every row with its own random draw. What they imitate: other
-hands (shift, rotation, scale, shear), other pens (stroke weight) and other cameras (blur, coarse pixels, contrast, noise).
+Float pictures in [0, 1] in, float pictures out (noise may leave the range), every row with its own random draw. What they
+imitate: other hands (shift, rotation, scale, shear), other pens (stroke weight) and other cameras (blur, coarse pixels, contrast, noise).
 """
 
 import math
@@ -9,14 +9,16 @@ import math
 import torch
 from torch.nn import functional
 
-MAX_SHIFT_PIXELS = 2.0
-MAX_ROTATION_RADIANS = math.radians(15)
-MAX_SCALE_LOG = math.log(1.18)  # each axis between 1/1.18 and 1.18
-MAX_SHEAR = 0.25  # tangent of the slant
-MAX_STROKE_BLEND = 0.8  # 0 leaves the stroke, 1 is one whole pixel of dilation or erosion on each side
-CAMERA_SHARE = 0.3  # share of rows that get each of: blur, coarse pixels, noise
-MAX_NOISE_STD = 0.08  # in intensity
+MAX_SHIFT_PIXELS = 1.0
+MAX_ROTATION_RADIANS = math.radians(10)
+MAX_SCALE_LOG = math.log(1.12)  # each axis between 1/1.12 and 1.12
+MAX_SHEAR = 0.15  # tangent of the slant
+MAX_STROKE_BLEND = 0.6  # 0 leaves the stroke, 1 is one whole pixel of dilation or erosion on each side
+CAMERA_SHARE = 0.2  # share of rows that get each of: blur, coarse pixels, another contrast
 MAX_GAMMA_LOG = math.log(1.5)
+BROKEN_SHARE = 0.08  # share of rows that lose pixels, as worn strokes do; more would make deleted pixels cost too little
+MAX_BROKEN = 0.5  # share of the pixels that such a row loses at most
+MAX_NOISE_STD = 0.2  # in intensity, for every row: it smooths the scores, and so the gradients, around a picture
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -26,7 +28,7 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         pixels: float32 (N, 1, H, W), intensity in [0, 1], ink bright on dark.
         generator: where all randomness comes from.
     Returns:
-        float32 (N, 1, H, W), intensity in [0, 1].
+        float32 (N, 1, H, W), intensity; noise may leave [0, 1].
     """
     return _photograph(_vary_stroke(_warp(pixels, generator), generator), generator)
 
@@ -65,11 +67,11 @@ def _vary_stroke(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tens
 
 
 def _photograph(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Blur, coarsen, change the contrast of and add noise to some of the rows."""
+    """Blur, coarsen, change the contrast of and break the strokes of some rows; add noise to all."""
     rows, _, height, width = pixels.shape
 
-    def chosen() -> torch.Tensor:
-        return (torch.rand(rows, generator=generator) < CAMERA_SHARE).view(-1, 1, 1, 1)
+    def chosen(share: float = CAMERA_SHARE) -> torch.Tensor:
+        return (torch.rand(rows, generator=generator) < share).view(-1, 1, 1, 1)
 
     blurred = functional.avg_pool2d(pixels, 3, stride=1, padding=1)
     pixels = torch.where(chosen(), (pixels + blurred) / 2, pixels)
@@ -77,6 +79,7 @@ def _photograph(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     pixels = torch.where(chosen(), functional.interpolate(coarse, size=(height, width), mode="bilinear"), pixels)
     gamma = _uniform(rows, MAX_GAMMA_LOG, generator).exp().view(-1, 1, 1, 1)
     pixels = torch.where(chosen(), pixels.clamp(0, 1) ** gamma, pixels)
+    lost = torch.rand(pixels.shape, generator=generator) < torch.rand(rows, 1, 1, 1, generator=generator) * MAX_BROKEN
+    pixels = torch.where(chosen(BROKEN_SHARE) & lost, 0, pixels)
     noise_std = torch.rand(rows, 1, 1, 1, generator=generator) * MAX_NOISE_STD
-    noise = torch.randn(pixels.shape, generator=generator) * noise_std
-    return torch.where(chosen(), pixels + noise, pixels).clamp(0, 1)
+    return pixels + torch.randn(pixels.shape, generator=generator) * noise_std  # not clamped: a clamp's mean is not zero on paper

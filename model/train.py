@@ -28,8 +28,8 @@ from model.data import load_mnist
 from model.network import DigitNetwork
 
 BATCH_SIZE = 128
-PEAK_LEARNING_RATE = 4e-3
-WEIGHT_DECAY = 1e-4
+PEAK_LEARNING_RATE = 1.5e-3
+WEIGHT_DECAY = 0.05
 EMA_DECAY = 0.999  # about the last 1,000 steps, two epochs
 EVALUATION_BATCH_SIZE = 1000
 
@@ -94,7 +94,7 @@ def train(
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    network = DigitNetwork()
+    network = DigitNetwork().to(memory_format=torch.channels_last)  # more than twice as fast
     averaged = AveragedModel(network, avg_fn=_move_average)
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps_per_epoch = -(-len(images) // BATCH_SIZE)
@@ -107,7 +107,7 @@ def train(
         network.train()
         order = torch.randperm(len(images), generator=generator)
         for rows in tqdm(torch.split(order, BATCH_SIZE), desc=f"epoch {epoch}/{epochs}", unit="batch", leave=False, disable=None):
-            pixels = augment(images[rows].float() / 255, generator)
+            pixels = _channels_last(augment(images[rows].float() / 255, generator))
             optimizer.zero_grad()
             criterion(network(pixels), labels[rows]).backward()
             optimizer.step()
@@ -118,6 +118,12 @@ def train(
     trained = averaged.module
     assert isinstance(trained, DigitNetwork)
     return trained.eval(), accuracies
+
+
+def _channels_last(pixels: torch.Tensor) -> torch.Tensor:
+    """Mark a batch of one channel as channels last, which its strides leave open: conv1's output then comes out so too."""
+    _, channels, height, width = pixels.shape
+    return pixels.contiguous().as_strided(pixels.shape, (height * width * channels, 1, width * channels, channels))
 
 
 def _move_average(average: torch.Tensor, current: torch.Tensor, steps: int | torch.Tensor) -> torch.Tensor:
@@ -185,14 +191,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m model.train",
         description="Train the network on MNIST; write weights and model card.",
-        epilog="example: %(prog)s --data-dir ~/data --epochs 40",
+        epilog="example: %(prog)s --data-dir ~/data --epochs 60",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
         "--data-dir", type=Path, default=Path("build/data"), help="torchvision's root folder; downloads where missing"
     )
     parser.add_argument("--output-dir", type=Path, default=Path("model"), help="where weights and card go")
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -204,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     test_images, test_labels = load_mnist(arguments.data_dir, train=False)
     network, accuracies = train(images, labels, test_images, test_labels, epochs=arguments.epochs, seed=arguments.seed)
 
-    weights = safetensors.torch.save(network.state_dict())
+    weights = safetensors.torch.save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
     command = f"python -m model.train --epochs {arguments.epochs} --seed {arguments.seed}"
     evaluation = evaluate(network, test_images, test_labels)
     card = render_card(evaluation, accuracies, hashlib.sha256(weights).hexdigest(), command=command, seed=arguments.seed)
