@@ -1,7 +1,8 @@
 """Random distortions of digit pictures, a whole batch at a time.
 
 Float pictures in [0, 1] in, float pictures out (noise may leave the range), every row with its own random draw. What they
-imitate: other hands (shift, rotation, scale, shear), other pens (stroke weight) and other cameras (blur, coarse pixels, contrast, noise).
+imitate: other hands (shift, rotation, scale, shear), other pens (stroke weight, broken strokes) and other cameras (blur, coarse
+pixels, contrast, noise).
 """
 
 import math
