@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 from ts.context import Context, RequestProcessor
 
-import handler.digit_handler as handler_module
+import handler.prepare as prepare_module
 from handler.archive import ArchiveError
 from handler.digit_handler import DigitHandler
 from handler.saliency import predict_and_explain
@@ -177,7 +177,7 @@ def test_defect_in_one_row_is_a_500_for_that_row_and_its_log_holds_no_data(
     def broken(rows: Any, height: int, width: int) -> Any:
         raise KeyError(str(rows))
 
-    monkeypatch.setattr(handler_module, "decode_numbers", broken)
+    monkeypatch.setattr(prepare_module, "decode_numbers", broken)
     good, bad = answer(handler, [MIXED[0], ({"body": {"data": [["secret"]]}}, {})], tmp_path / "unpacked")
     assert (good[0], bad[0]) == (200, 500)
     assert json.loads(bad[2])["error"]["type"] == "InternalError"

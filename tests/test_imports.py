@@ -10,13 +10,17 @@ from scripts.package import ROOT
 HANDLER_IMPORTS = {  # module -> the handler modules that it may import
     "__init__": set[str](),
     "errors": set[str](),
-    "request": {"errors"},
+    "kserve": {"errors"},
+    "request": {"errors", "kserve"},
     "decode": {"errors"},
+    "arrays": {"errors", "decode", "kserve"},
     "canonical": {"errors"},
-    "reply": {"errors", "request"},
+    "reply": {"errors", "request", "kserve"},
+    "describe": {"decode", "kserve", "request", "prepare"},
     "saliency": set[str](),
     "archive": set[str](),
-    "digit_handler": {"errors", "request", "decode", "canonical", "reply", "saliency", "archive"},
+    "prepare": {"errors", "kserve", "request", "decode", "arrays", "canonical"},
+    "digit_handler": {"errors", "request", "prepare", "reply", "describe", "saliency", "archive"},
 }
 OUTSIDE = {  # package -> the only handler modules that may import it
     "ts": {"digit_handler"},
