@@ -319,7 +319,7 @@ def test_network_that_fails_on_one_part_fails_only_the_requests_in_it(
     handler: DigitHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(handler_module, "MAX_FORWARD_PICTURES", 2)
-    calls = []
+    calls: list[None] = []
 
     def failing(*_: object) -> None:
         calls.append(None)
