@@ -20,7 +20,7 @@ from handler.archive import load_network, verify_files
 from handler.describe import describe_service
 from handler.errors import InternalError, ServiceError
 from handler.prepare import Prepared, Question, prepare_pictures
-from handler.reply import Maps, Reply, Result, render_description, render_error, render_results
+from handler.reply import Maps, Reply, Result, fit_batch, render_description, render_error, render_results
 from handler.request import is_describe_request, parse_request
 from handler.saliency import Explanation, freeze, predict_and_explain
 
@@ -83,6 +83,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             self._render(outcome, list(islice(inferred, len(outcome.questions)))) if isinstance(outcome, Prepared) else outcome
             for outcome in outcomes
         ]
+        replies = fit_batch(replies)
         for index, reply in enumerate(replies):
             context.set_response_status(reply.status, reply.reason_phrase, index)
             context.set_response_content_type(index, reply.content_type)

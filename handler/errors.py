@@ -2,6 +2,7 @@
 
     ServiceError               500
     +-- InternalError          500  a defect of ours; the row alone fails
+    +-- Overloaded             503  its reply is too large for the batch that it came in; the same request may do later
     +-- ClientError            400
         +-- EmptyRequest       400  no picture in the request
         +-- InvalidRequest     400  well-formed, but not what the API takes
@@ -44,6 +45,12 @@ class ServiceError(Exception):
 
 class InternalError(ServiceError):
     """A defect of the service itself."""
+
+
+class Overloaded(ServiceError):
+    """The replies of one batch are too large together."""
+
+    status = 503
 
 
 class ClientError(ServiceError):

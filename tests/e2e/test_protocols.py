@@ -200,6 +200,25 @@ def test_as_many_pictures_as_are_allowed_are_answered(server: TorchServe, sample
     )
 
 
+def test_batch_of_the_largest_requests_restarts_no_worker(
+    server: TorchServe, samples: list[Sample], worker_pids: Callable[[], list[int]]
+) -> None:
+    """Their replies together are more than TorchServe takes in time: some are refused, and small neighbours are not."""
+    workers = worker_pids()
+    chosen = [samples[index % len(samples)] for index in range(1024)]
+    large = explain(data=npy(levels_of(chosen)))
+    *replies, small = ask_at_once(server, [large] * (BATCH_SIZE - 1) + [explain(data=samples[0].png)])
+    check_explanation(small, samples[0])
+    answered = [reply for reply in replies if reply.status_code == 200]
+    assert answered
+    for reply in answered:
+        assert [prediction["digit"] for prediction in reply.json()["predictions"]] == [sample.predicted for sample in chosen]
+    for reply in replies:
+        if reply not in answered:
+            check_bad_pictures(reply, 503, "Overloaded", [])
+    assert worker_pids() == workers
+
+
 # --- KServe v1
 
 
