@@ -3,13 +3,16 @@
 One batch of requests flows through these modules, each of which knows only its own step:
 
     TorchServe row + headers
-      -> request        which picture, which options: frozen values, or a client error for that row alone
-      -> decode         image bytes -> grey pixels (the trust boundary)
-      -> canonical      any picture -> the pixels that the network knows
-      -> saliency       one forward for the batch; input gradients for the rows that ask
-      -> drawing        maps and their pictures -> a PNG, for the rows that ask
-      -> reply          JSON, npy or PNG bytes with their status and content type
+      -> request        which pictures, which options: frozen values, or a client error for that row alone
+         kserve         the bodies of KServe's two protocols, taken apart for it
+      -> prepare        all pictures of a request, ready for the network, or one error that names the bad ones; by
+         decode           image bytes, nested numbers -> grey pixels (the trust boundary)
+         arrays           .npy files, tensors -> grey pixels (the trust boundary)
+         canonical        any picture -> the pixels that the network knows, and the way back
+      -> saliency       one forward for the batch; input gradients for the pictures that ask
+      -> reply          JSON, npy or PNG bytes with their status and content type; by
+         drawing          pictures and their maps -> a PNG
 
-`digit_handler` wires them into TorchServe's BaseHandler; `archive` loads and checks what the archive carries; `errors` is the
-tree of errors that a client can get. This module imports nothing.
+`digit_handler` wires them into TorchServe's BaseHandler; `archive` loads and checks what the archive carries; `describe` lists
+what the service takes and gives; `errors` is the tree of errors that a client can get. This module imports nothing.
 """

@@ -37,21 +37,40 @@ class Picture:
     is_canonical: bool = False
 
 
-def decode_image(content: bytes) -> Picture:
+class PixelBudget:
+    """Counts the pixels that one request's image files declare, so that many pictures cost no more time than one may."""
+
+    def __init__(self) -> None:
+        self.left = MAX_PIXELS
+
+    def take(self, width: int, height: int) -> None:
+        """Count an image before it is decoded.
+
+        Raises:
+            ImageTooLarge: it is too large by itself, or together with those before it.
+        """
+        if width * height > self.left:
+            together = "" if self.left == MAX_PIXELS else ", in all images of a request together,"
+            raise ImageTooLarge(f"got an image of {width} x {height} pixels; up to {MAX_PIXELS:,} pixels{together} are accepted")
+        self.left -= width * height
+
+
+def decode_image(content: bytes, budget: PixelBudget | None = None) -> Picture:
     """Decode an image file to grey: EXIF orientation applied, transparency laid over paper, first frame of several.
 
+    Args:
+        content: the file.
+        budget: of the request that it came in, where others came with it.
     Raises:
         UnreadableImage: no image of an accepted format, or a damaged one.
-        ImageTooLarge: its header declares more than MAX_PIXELS.
+        ImageTooLarge: its header declares more than the budget's pixels.
     """
     try:
         with (
             warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),  # from half of its limit
             Image.open(BytesIO(content), formats=ACCEPTED_FORMATS) as image,
         ):
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ImageTooLarge(f"got an image of {width} x {height} pixels; up to {MAX_PIXELS:,} pixels are accepted")
+            (budget or PixelBudget()).take(*image.size)
             return Picture(_grey(ImageOps.exif_transpose(image)), source=f"{image.format} image")
     except ImageTooLarge:
         raise
@@ -106,17 +125,25 @@ def decode_numbers(rows: list[Any], height: int, width: int) -> Picture:
     """
     if len(rows) != height or any(not isinstance(row, list) or len(row) != width for row in rows):
         raise WrongShape(f"got numbers of shape {_describe_shape(rows)}; ({height}, {width}) is accepted")
-    kinds = {type(value) for row in rows for value in row}
+    kinds = {kind for row in rows for kind in set(map(type, row))}
     if not kinds <= {int, float}:
         odd = next(value for row in rows for value in row if type(value) not in (int, float))
         raise InvalidPixel(f"got {shown(odd)} among the pixels; numbers are accepted")
     limit, source = (1, "floats 0-1") if float in kinds else (255, "integers 0-255")
-    for y, x in itertools.product(range(height), range(width)):
-        if not 0 <= rows[y][x] <= limit:  # false for NaN as well
-            raise InvalidPixel(
-                f"got {shown(rows[y][x])} at row {y}, column {x}; integers from 0 to 255, or floats from 0.0 to 1.0, are accepted"
-            )
-    return Picture(np.array(rows, dtype=np.float32) / np.float32(limit), source, is_canonical=True)
+    values = _as_floats(rows)
+    if not np.all((values >= 0) & (values <= limit)):  # false for NaN as well
+        y, x = next(place for place in np.ndindex(height, width) if not 0 <= rows[place[0]][place[1]] <= limit)
+        raise InvalidPixel(
+            f"got {shown(rows[y][x])} at row {y}, column {x}; integers from 0 to 255, or floats from 0.0 to 1.0, are accepted"
+        )
+    return Picture(values.astype(np.float32) / np.float32(limit), source, is_canonical=True)
+
+
+def _as_floats(rows: list[Any]) -> NDArray[np.float64]:
+    try:
+        return np.array(rows, dtype=np.float64)
+    except OverflowError:  # an integer of more than 300 digits
+        return np.full((len(rows), len(rows[0])), np.nan)
 
 
 def _describe_shape(value: object) -> str:

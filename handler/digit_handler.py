@@ -6,27 +6,28 @@ whether it is a prediction or an explanation, of which classes, in which format,
 
 import logging
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
 from handler.archive import load_network, verify_files
-from handler.canonical import Preparation, prepare, prepare_nothing, prepare_scaling
-from handler.decode import Picture, decode_image, decode_numbers
+from handler.describe import describe_service
 from handler.errors import InternalError, ServiceError
-from handler.reply import Maps, Reply, Result, render_error, render_result
-from handler.request import Prepare, Request, parse_request
+from handler.prepare import Prepared, Question, prepare_pictures
+from handler.reply import Maps, Reply, Result, fit_batch, render_description, render_error, render_results
+from handler.request import is_describe_request, parse_request
 from handler.saliency import Explanation, freeze, predict_and_explain
 
 logger = logging.getLogger(__name__)
 
-Prepared = tuple[Request, NDArray[np.float32], dict[str, Any]]  # request, canonical pixels, preparation for the reply
+MAX_FORWARD_PICTURES = 256  # a larger batch is computed in parts of this size, so that memory stays bounded
+
 Inferred = tuple[torch.Tensor, Explanation | None]  # (K,) logits, maps
 
 
@@ -76,13 +77,13 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             one body a request, in the same order.
         """
         headers = [context.get_all_request_header(index) for index in range(len(data))]
-        prepared = [self._prepare(row, row_headers) for row, row_headers in zip(data, headers, strict=True)]
-        answerable = [outcome for outcome in prepared if not isinstance(outcome, ServiceError)]
-        inferred = iter(self._infer(answerable))
+        outcomes = [self._prepare(row, row_headers) for row, row_headers in zip(data, headers, strict=True)]
+        inferred = iter(self._infer([question for one in outcomes if isinstance(one, Prepared) for question in one.questions]))
         replies = [
-            render_error(outcome) if isinstance(outcome, ServiceError) else self._render(outcome, next(inferred))
-            for outcome in prepared
+            self._render(outcome, list(islice(inferred, len(outcome.questions)))) if isinstance(outcome, Prepared) else outcome
+            for outcome in outcomes
         ]
+        replies = fit_batch(replies)
         for index, reply in enumerate(replies):
             context.set_response_status(reply.status, reply.reason_phrase, index)
             context.set_response_content_type(index, reply.content_type)
@@ -90,67 +91,58 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 context.set_response_header(index, name, value)
         return [reply.body for reply in replies]
 
-    def _prepare(self, row: object, headers: dict[str, object]) -> Prepared | ServiceError:
+    def _prepare(self, row: object, headers: dict[str, object]) -> Prepared | Reply:
         """Read one request as far as its canonical pixels. An error is this row's alone, whatever it is."""
         try:
-            request = parse_request(row, headers, self.class_count)
+            if is_describe_request(row, headers):
+                return render_description(self._describe())
             _, height, width = self.input_shape
-            if isinstance(request.picture, bytes):
-                picture = decode_image(request.picture)
-            else:
-                picture = decode_numbers(request.picture, height, width)
-            preparation = self._choose_preparation(picture, request.options.prepare)
-        except ServiceError as error:
-            return error
-        except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
-            return _internal_error(error)
-        return request, preparation.pixels, _describe(picture, preparation)
-
-    def _choose_preparation(self, picture: Picture, wanted: Prepare | None) -> Preparation:
-        """Numbers count as canonical unless the request says how to prepare them; images are prepared unless it says not to."""
-        _, height, width = self.input_shape
-        if picture.is_canonical and wanted is None:
-            return prepare_nothing(picture.grey)
-        if wanted is Prepare.NONE:
-            return prepare_scaling(picture.grey, height, width)
-        return prepare(picture.grey, height, width)
-
-    def _infer(self, prepared: list[Prepared]) -> Sequence[Inferred | InternalError]:
-        """Run the network once for all rows that can be answered."""
-        if not prepared:
-            return []
-        try:
-            batch = torch.from_numpy(np.stack([pixels for _, pixels, _ in prepared])[:, None]).to(self.device)  # (N, 1, H, W)
-            targets = [request.options.target.classes if request.options.explain else () for request, _, _ in prepared]
-            logits, explanations = predict_and_explain(self.model, batch, targets)
-        except Exception as error:  # noqa: BLE001  # answered in this API's own form
-            return [_internal_error(error)] * len(prepared)
-        return list(zip(logits.cpu(), explanations, strict=True))
-
-    def _render(self, prepared: Prepared, inferred: Inferred | InternalError) -> Reply:
-        if isinstance(inferred, InternalError):
-            return render_error(inferred)
-        request, pixels, preparation = prepared
-        logits, explanation = inferred
-        maps = None
-        if explanation is not None:
-            maps = Maps(explanation.classes, explanation.maps.squeeze(1).cpu().numpy())  # (T, H, W)
-        result = Result(logits.numpy(), maps, preparation, pixels)
-        try:
-            return render_result(result, request.options, request.reply_format, self.model_description)
+            return prepare_pictures(parse_request(row, headers, self.class_count), height, width)
         except ServiceError as error:
             return render_error(error)
         except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
             return render_error(_internal_error(error))
 
+    def _describe(self) -> dict[str, Any]:
+        _, height, width = self.input_shape
+        return describe_service(self.model_description, height, width, self.class_count)
 
-def _describe(picture: Picture, preparation: Preparation) -> dict[str, Any]:
-    """What the reply says of the preparation."""
-    description: dict[str, Any] = {"source": picture.source, "steps": list(preparation.steps), "inverted": preparation.inverted}
-    if preparation.ink_box is not None:
-        description["ink_box"] = list(preparation.ink_box)  # left, top, right, bottom in the client's pixels
-        description["threshold"] = preparation.threshold
-    return description
+    def _infer(self, questions: list[Question]) -> Iterator[Inferred | InternalError]:
+        """Run the network for all pictures that can be answered: once, unless there are more than MAX_FORWARD_PICTURES."""
+        for start in range(0, len(questions), MAX_FORWARD_PICTURES):
+            part = questions[start : start + MAX_FORWARD_PICTURES]
+            try:
+                pixels = np.stack([question.pixels for question in part])[:, None]  # (N, 1, H, W)
+                targets = [question.options.target.classes if question.options.explain else () for question in part]
+                logits, explanations = predict_and_explain(self.model, torch.from_numpy(pixels).to(self.device), targets)
+                yield from zip(logits.cpu(), explanations, strict=True)
+            except Exception as error:  # noqa: BLE001  # answered in this API's own form
+                yield from [_internal_error(error)] * len(part)
+
+    def _render(self, prepared: Prepared, inferred: Sequence[Inferred | InternalError]) -> Reply:
+        """Write the reply to one request. An error is this row's alone, whatever it is."""
+        try:
+            results = [self._result(*pair) for pair in zip(prepared.questions, inferred, strict=True)]
+            request = prepared.request
+            return render_results(
+                results, request.reply_format, self.model_description, listed=prepared.listed, infer=request.infer
+            )
+        except ServiceError as error:
+            return render_error(error)
+        except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
+            return render_error(_internal_error(error))
+
+    def _result(self, question: Question, inferred: Inferred | InternalError) -> Result:
+        if isinstance(inferred, InternalError):
+            raise inferred
+        logits, explanation = inferred
+        maps, picture = None, question.pixels
+        if explanation is not None:
+            saliency = explanation.maps.squeeze(1).cpu().numpy()  # (T, H, W)
+            if question.sent is not None:
+                saliency, picture = question.preparation.pull_back(saliency), question.sent
+            maps = Maps(explanation.classes, saliency)
+        return Result(question.options, logits.numpy(), maps, question.describe_preparation(), picture)
 
 
 def _internal_error(error: Exception) -> InternalError:

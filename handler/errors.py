@@ -2,6 +2,7 @@
 
     ServiceError               500
     +-- InternalError          500  a defect of ours; the row alone fails
+    +-- Overloaded             503  its reply is too large for the batch that it came in; the same request may do later
     +-- ClientError            400
         +-- EmptyRequest       400  no picture in the request
         +-- InvalidRequest     400  well-formed, but not what the API takes
@@ -12,30 +13,45 @@
         +-- WrongShape         400  numbers that do not have the shape of a picture
         +-- InvalidPixel       400  a number that is no intensity: out of range, NaN, infinite, not a number
         +-- UnreadableImage    400  not an image of an accepted format, or a damaged one
+        +-- UnreadableArray    400  an .npy that is damaged, or whose elements are no pixels
         +-- BlankPicture       422  there is no ink in the picture
         +-- NotAcceptable      406  the Accept header allows no reply that could be given
         +-- ImageTooLarge      413  more pixels than are decoded
+        +-- RequestTooLarge    413  more pictures, or maps, than one request may ask for
 
 A message says what was got and what is accepted, in ASCII, with the client's own values shortened.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 SHOWN_CHARACTERS = 60  # of a client's value, in a message
+SHOWN_ERRORS = 5  # different ones, in the message for a request with several pictures
 
 
 class ServiceError(Exception):
-    """What a reply can say went wrong."""
+    """What a reply can say went wrong.
+
+    Attributes:
+        indices: in a request with several pictures, which of them are bad, from 0.
+    """
 
     status: ClassVar[int] = 500
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, indices: tuple[int, ...] = ()) -> None:
         super().__init__(message)
         self.message = message
+        self.indices = indices
 
 
 class InternalError(ServiceError):
     """A defect of the service itself."""
+
+
+class Overloaded(ServiceError):
+    """The replies of one batch are too large together."""
+
+    status = 503
 
 
 class ClientError(ServiceError):
@@ -80,6 +96,10 @@ class UnreadableImage(ClientError):
     """The bytes are no image of an accepted format, or a damaged one."""
 
 
+class UnreadableArray(ClientError):
+    """The bytes are a damaged .npy, or one whose elements are no pixels."""
+
+
 class BlankPicture(ClientError):
     """There is no ink in the picture."""
 
@@ -96,6 +116,33 @@ class ImageTooLarge(ClientError):
     """The image has more pixels than are decoded."""
 
     status = 413
+
+
+class RequestTooLarge(ClientError):
+    """The request asks for more pictures, or maps, than one may."""
+
+    status = 413
+
+
+def join_errors(errors: Mapping[int, ClientError], picture_count: int) -> ClientError:
+    """Make one error of those of single pictures. Its class, and so its status, is that of the first bad picture.
+
+    Args:
+        errors: at least one, by the picture's index, in ascending order.
+        picture_count: of the whole request.
+    """
+    by_message: dict[str, list[int]] = {}
+    for index, error in errors.items():
+        by_message.setdefault(error.message, []).append(index)
+    details = [f"at {_listed(indices)}: {message}" for message, indices in by_message.items()][:SHOWN_ERRORS]
+    message = f"got {len(errors)} bad of {picture_count} pictures, at index {_listed(list(errors))}; {'; '.join(details)}"
+    if len(by_message) > SHOWN_ERRORS:
+        message += f"; and {len(by_message) - SHOWN_ERRORS} more errors"
+    return type(next(iter(errors.values())))(message, tuple(errors))
+
+
+def _listed(indices: list[int]) -> str:
+    return ", ".join(str(index) for index in indices)
 
 
 def shown(value: object) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from io import BytesIO
@@ -12,11 +13,20 @@ import orjson
 from numpy.typing import NDArray
 
 from handler.drawing import Row, draw
-from handler.errors import ServiceError
-from handler.request import Encoding, Options, ReplyFormat
+from handler.errors import Overloaded, RequestTooLarge, ServiceError, WrongShape
+from handler.kserve import BYTES, EXPLANATION_OUTPUTS, PREDICTION_OUTPUTS, Infer
+from handler.request import Encoding, Options, ReplyFormat, Space
 
-WITH_RESPECT_TO = "pixel intensity in [0, 1]"
+WITH_RESPECT_TO = {
+    Space.CANONICAL: "pixel intensity in [0, 1]",
+    Space.IMAGE: "grey level in [0, 1] of the picture as sent",
+}
+HELD_FIXED = "geometry, stretch, the paper's level, what cleaning changed"  # while the picture's own grey levels vary
 OUTPUT = "logit"
+# Bytes of one batch's replies. TorchServe's frontend reads a batch in a time that grows with the square of its size: 32 MiB take
+# seconds, 80 MB took twenty, and a worker whose replies are not read within responseTimeout is restarted.
+MAX_BATCH_BYTES = 32 * 1024 * 1024
+MAX_HEADER_PICTURES = 100  # whose digits a binary reply's headers list; proxies refuse headers of more than 4 KB
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +47,35 @@ class Result:
     """What the network says of one picture.
 
     Attributes:
+        options: what was asked about it.
         logits: float32 (K,).
         maps: the explanation, where it was asked for.
         preparation: what was done to the picture before, for the reply.
-        picture: float32 (H, W), the pixels that the maps are of, intensity in [0, 1].
+        picture: float32 (H, W) in [0, 1], the pixels that the maps are of.
     """
 
+    options: Options
     logits: NDArray[np.float32]
     maps: Maps | None
     preparation: dict[str, Any]
     picture: NDArray[np.float32]
+
+    @property
+    def digit(self) -> int:
+        """The class with the highest score."""
+        return int(self.logits.argmax())
+
+    @property
+    def saliency(self) -> NDArray[np.float32]:
+        """The maps as they are sent: float32 (H, W), or (T, H, W) where a list of targets was asked for."""
+        assert self.maps is not None
+        return self.maps.saliency if self.options.target.several else self.maps.saliency[0]
+
+    @property
+    def target(self) -> int | list[int]:
+        """What the maps explain: a class, or a list where one was asked for."""
+        assert self.maps is not None
+        return list(self.maps.classes) if self.options.target.several else self.maps.classes[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +93,67 @@ class Reply:
         return HTTPStatus(self.status).phrase
 
 
-def render_result(result: Result, options: Options, reply_format: ReplyFormat, model: dict[str, str]) -> Reply:
-    """Write a result in the format that the client asked for.
+def render_results(
+    results: Sequence[Result], reply_format: ReplyFormat, model: dict[str, str], *, listed: bool, infer: Infer | None
+) -> Reply:
+    """Write the results of one request in the format that the client asked for.
 
     Args:
+        results: one a picture, at least one. For npy and PNG each has maps.
         model: name, version and checksum, for the reply's `model`.
+        listed: whether the reply is a list, be it of one.
+        infer: for a JSON reply in the form of the Open Inference Protocol.
     Raises:
-        InvalidOption: the picture asked for would be too large.
+        WrongShape: one array was asked for, and the maps differ in shape.
+        InvalidOption: the PNG asked for would be too large.
     """
-    if reply_format is ReplyFormat.NPY and result.maps is not None:
-        return _render_npy(result, result.maps, options)
-    if reply_format is ReplyFormat.PNG and result.maps is not None:
-        return _render_png(result, result.maps, options)
-    return _render_json(result, options, model)
+    if reply_format is ReplyFormat.PNG:
+        return _render_png(results)
+    if reply_format is ReplyFormat.NPY:
+        return _render_npy(results, listed=listed)
+    if infer is not None:
+        content = _describe_tensors(results, model, infer)
+    elif listed:
+        content = _describe_list(results, model)
+    else:
+        content = _describe(results[0], model)
+    return Reply(HTTPStatus.OK, ReplyFormat.JSON, orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+def render_description(description: dict[str, Any]) -> Reply:
+    """Write what the service says of itself."""
+    return Reply(HTTPStatus.OK, ReplyFormat.JSON, orjson.dumps(description))
 
 
 def render_error(error: ServiceError) -> Reply:
     """Write an error. Its code is in the body too, since gRPC loses the status."""
-    content = {"error": {"code": error.status, "type": type(error).__name__, "message": error.message}}
-    return Reply(error.status, ReplyFormat.JSON, json.dumps(content).encode())
+    content: dict[str, Any] = {"code": error.status, "type": type(error).__name__, "message": error.message}
+    if error.indices:
+        content["indices"] = error.indices
+    return Reply(error.status, ReplyFormat.JSON, json.dumps({"error": content}).encode())
+
+
+def fit_batch(replies: Sequence[Reply], max_bytes: int = MAX_BATCH_BYTES) -> list[Reply]:
+    """Make a batch's replies small enough to be sent together: put an error in the place of the largest, as often as needed.
+
+    Returns:
+        the replies, in the same order; the smaller ones always unchanged.
+    """
+    fitted = list(replies)
+    size = sum(len(reply.body) for reply in fitted)
+    largest_first = sorted(range(len(fitted)), key=lambda index: len(fitted[index].body), reverse=True)
+    for index in largest_first:
+        if size <= max_bytes:
+            break
+        own_size = len(fitted[index].body)
+        error: ServiceError = Overloaded(
+            f"got many large requests at once; this one's reply has {own_size:,} bytes: send it again, or ask for less"
+        )
+        if own_size > max_bytes:  # by itself, then and later
+            error = RequestTooLarge(f"got a request whose reply has {own_size:,} bytes; up to {max_bytes:,} are sent")
+        fitted[index] = render_error(error)
+        size += len(fitted[index].body) - own_size
+    return fitted
 
 
 def probabilities_of(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -91,64 +162,134 @@ def probabilities_of(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return np.asarray(exponentials / exponentials.sum())
 
 
-def _render_json(result: Result, options: Options, model: dict[str, str]) -> Reply:
+def _describe(result: Result, model: dict[str, str]) -> dict[str, Any]:
+    """Say all there is to say of one picture."""
     probabilities = probabilities_of(result.logits)
-    digit = int(result.logits.argmax())
     content: dict[str, Any] = {
-        "digit": digit,
-        "probability": probabilities[digit],
+        "digit": result.digit,
+        "probability": probabilities[result.digit],
         "probabilities": probabilities,
         "logits": result.logits,
     }
     if result.maps is not None:
-        content["explanation"] = _describe_maps(result.maps, options)
+        content["explanation"] = _describe_maps(result)
     content["preparation"] = result.preparation
     content["model"] = model
-    return Reply(HTTPStatus.OK, ReplyFormat.JSON, orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY))
+    return content
 
 
-def _describe_maps(maps: Maps, options: Options) -> dict[str, Any]:
-    several = options.target.several
-    saliency = maps.saliency if several else maps.saliency[0]
-    explained_prediction = all(target is None for target in options.target.classes)
+def _describe_maps(result: Result) -> dict[str, Any]:
+    options, saliency = result.options, result.saliency
     return {
         "method": options.method,
         "output": OUTPUT,
-        "target": list(maps.classes) if several else maps.classes[0],
-        "target_source": "predicted" if explained_prediction else "request",
-        "with_respect_to": WITH_RESPECT_TO,
+        "target": result.target,
+        "target_source": _target_source(options),
+        "with_respect_to": WITH_RESPECT_TO[options.space],
+        **({"held_fixed": HELD_FIXED} if options.space is Space.IMAGE else {}),
         "space": options.space,
         "shape": saliency.shape,
         "dtype": saliency.dtype.name,
         "encoding": options.encoding,
-        "saliency": saliency if options.encoding is Encoding.NESTED else base64.b64encode(_little_endian(saliency)).decode(),
+        "saliency": saliency if options.encoding is Encoding.NESTED else _base64_of(saliency),
     }
+
+
+def _target_source(options: Options) -> str:
+    return "predicted" if all(target is None for target in options.target.classes) else "request"
+
+
+def _base64_of(saliency: NDArray[np.float32]) -> str:
+    return base64.b64encode(_little_endian(saliency)).decode()
+
+
+def _describe_list(results: Sequence[Result], model: dict[str, str]) -> dict[str, Any]:
+    """Say the same of several pictures, in the form of KServe v1."""
+    predictions = [_describe(result, model) for result in results]
+    explanations = [prediction.pop("explanation", None) for prediction in predictions]
+    content: dict[str, Any] = {"predictions": predictions}
+    if any(explanation is not None for explanation in explanations):
+        content["explanations"] = explanations
+    return content
+
+
+def _describe_tensors(results: Sequence[Result], model: dict[str, str], infer: Infer) -> dict[str, Any]:
+    """Say it in the form of the Open Inference Protocol v2: named tensors, whose data are flat."""
+    options = results[0].options  # one for all, in this protocol
+    explained = results[0].maps is not None
+    parameters: dict[str, Any] = {"weights_sha256": model["weights_sha256"]}
+    if explained:
+        parameters |= {"method": options.method, "output": OUTPUT, "target_source": _target_source(options)}
+        parameters |= {"with_respect_to": WITH_RESPECT_TO[options.space], "space": options.space}
+    names = infer.outputs or PREDICTION_OUTPUTS + (EXPLANATION_OUTPUTS if explained else ())
+    return {
+        "model_name": model["name"],
+        "model_version": model["version"],
+        **({} if infer.id is None else {"id": infer.id}),
+        "parameters": parameters,
+        "outputs": [_tensor(name, results) for name in names],
+    }
+
+
+def _tensor(name: str, results: Sequence[Result]) -> dict[str, Any]:
+    if name == "saliency" and results[0].options.encoding is Encoding.BASE64:
+        texts = [_base64_of(result.saliency) for result in results]
+        layout = {"encoding": "base64", "dtype": "float32", "shape": ",".join(map(str, results[0].saliency.shape))}
+        return {"name": name, "datatype": BYTES, "shape": [len(texts)], "parameters": layout, "data": texts}
+    make, datatype = _OUTPUT_MAKERS[name]
+    values = make(results)
+    return {"name": name, "datatype": datatype, "shape": values.shape, "data": values.ravel()}
+
+
+def _stack_maps(results: Sequence[Result]) -> NDArray[np.float32]:
+    """Put the maps of all pictures into one array: float32 (N, H, W) or (N, T, H, W)."""
+    shapes = {result.saliency.shape for result in results}
+    if len(shapes) > 1:
+        raise WrongShape(f"got pictures whose maps have the shapes {sorted(shapes)}; for one array, one shape is accepted")
+    return np.stack([result.saliency for result in results])
+
+
+def _stack_probabilities(results: Sequence[Result]) -> NDArray[np.float32]:
+    return np.stack([probabilities_of(result.logits) for result in results]).astype(np.float32)
+
+
+_OUTPUT_MAKERS: dict[str, tuple[Callable[[Sequence[Result]], NDArray[Any]], str]] = {
+    "digit": (lambda results: np.array([result.digit for result in results], dtype=np.int64), "INT64"),  # (N,)
+    "probability": (lambda results: _stack_probabilities(results).max(axis=1), "FP32"),  # (N,)
+    "probabilities": (_stack_probabilities, "FP32"),  # (N, K)
+    "logits": (lambda results: np.stack([result.logits for result in results]), "FP32"),  # (N, K)
+    "target": (lambda results: np.array([result.target for result in results], dtype=np.int64), "INT64"),  # (N,) or (N, T)
+    "saliency": (_stack_maps, "FP32"),  # (N, H, W) or (N, T, H, W)
+}
 
 
 def _little_endian(saliency: NDArray[np.float32]) -> bytes:
     return saliency.astype("<f4").tobytes()
 
 
-def _render_npy(result: Result, maps: Maps, options: Options) -> Reply:
-    saliency = maps.saliency if options.target.several else maps.saliency[0]
+def _render_npy(results: Sequence[Result], *, listed: bool) -> Reply:
+    saliency = _stack_maps(results) if listed else results[0].saliency
     body = BytesIO()
     np.save(body, saliency.astype("<f4"), allow_pickle=False)
-    return Reply(HTTPStatus.OK, ReplyFormat.NPY, body.getvalue(), _map_headers(result, maps, options))
+    return Reply(HTTPStatus.OK, ReplyFormat.NPY, body.getvalue(), _map_headers(results))
 
 
-def _render_png(result: Result, maps: Maps, options: Options) -> Reply:
-    drawing = draw([Row(result.picture, maps.saliency, maps.classes)], options.style)
-    return Reply(HTTPStatus.OK, ReplyFormat.PNG, drawing, _map_headers(result, maps, options))
+def _render_png(results: Sequence[Result]) -> Reply:
+    rows = [Row(result.picture, result.maps.saliency, result.maps.classes) for result in results if result.maps is not None]
+    return Reply(HTTPStatus.OK, ReplyFormat.PNG, draw(rows, results[0].options.style), _map_headers(results))
 
 
-def _map_headers(result: Result, maps: Maps, options: Options) -> dict[str, str]:
+def _map_headers(results: Sequence[Result]) -> dict[str, str]:
     """What a binary reply says beside the maps. Least and largest are of their numbers, whatever the colours."""
-    digit = int(result.logits.argmax())
-    return {
-        "X-Digit": str(digit),
-        "X-Probability": repr(float(probabilities_of(result.logits)[digit])),
-        "X-Saliency-Method": str(options.method),
-        "X-Saliency-Target": ",".join(str(target) for target in maps.classes),
-        "X-Saliency-Min": repr(float(maps.saliency.min())),
-        "X-Saliency-Max": repr(float(maps.saliency.max())),
+    headers = {
+        "X-Saliency-Method": str(results[0].options.method),
+        "X-Saliency-Min": repr(float(min(result.saliency.min() for result in results))),
+        "X-Saliency-Max": repr(float(max(result.saliency.max() for result in results))),
     }
+    if len(results) <= MAX_HEADER_PICTURES:
+        headers |= {
+            "X-Digit": ";".join(str(result.digit) for result in results),
+            "X-Probability": ";".join(repr(float(probabilities_of(result.logits).max())) for result in results),
+            "X-Saliency-Target": ";".join(",".join(map(str, np.atleast_1d(result.target))) for result in results),
+        }
+    return headers

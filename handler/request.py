@@ -1,22 +1,25 @@
 """A TorchServe row and its headers -> one frozen `Request`.
 
 Reads every form in which TorchServe hands over a request (raw body, parsed or unparsed JSON, form fields) and every place in
-which an option can stand (field, header). Knows nothing of images, of torch or of TorchServe's classes.
+which an option can stand (field, header). `kserve` takes the bodies of KServe's protocols apart for it. Knows nothing of images,
+of torch or of TorchServe's classes.
 """
 
 import base64
 import binascii
 import contextlib
 import dataclasses
+import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from handler.drawing import MAX_SIZE, MIN_PERCENTILE, MIN_SIZE, Colormap, Layout, Polarity, Style
 from handler.errors import (
+    ClientError,
     EmptyRequest,
     InvalidOption,
     InvalidRequest,
@@ -26,9 +29,12 @@ from handler.errors import (
     UnknownOption,
     shown,
 )
+from handler.kserve import EXPLANATION_OUTPUTS, INPUTS, INSTANCES, Infer, Tensor, read_infer_body, split_instances
 
 PICTURE_FIELDS = ("data", "image", "body")  # a JSON or form field of one of these names holds the picture
+NPY_MAGIC = b"\x93NUMPY"  # how every .npy file starts; no JSON can
 HEADER_PREFIX = "x-saliency-"  # an option's header is this and its name, in any letter case, with hyphens
+DESCRIBE_HEADER = "describe"  # the frontend sets it to "True" on a row of its own, which has neither fields nor ROUTE_HEADER
 ROUTE_HEADER = "explain"  # TorchServe's frontend sets it on each request: "True" came in by an explanation route
 
 
@@ -46,9 +52,10 @@ class Method(StrEnum):
 
 
 class Space(StrEnum):
-    """Which pixels the score is differentiated by."""
+    """Which pixels the score is differentiated by: what the network got, or the picture as it was sent."""
 
     CANONICAL = "canonical"
+    IMAGE = "image"
 
 
 class Prepare(StrEnum):
@@ -92,19 +99,43 @@ class Options:
     style: Style = dataclasses.field(default_factory=Style)
 
 
+Payload = bytes | list[Any] | Tensor  # an image or .npy file, nested numbers, or a tensor; all of them unchecked
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A picture, or the pictures of one array, and what is asked about each of them.
+
+    Attributes:
+        payload: the picture or array.
+        options: the options, `explain` being true as well where the route asks for an explanation.
+    """
+
+    payload: Payload
+    options: Options
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What one client asks for.
 
     Attributes:
-        picture: the bytes of an image file, or nested lists of numbers, unchecked.
-        options: the options, `explain` being true as well where the route asks for an explanation.
+        parts: what to answer, in the reply's order, with an error in the place of a picture that cannot be read. Where there is
+            more than one part, each is one picture.
         reply_format: media type of the reply.
+        listed: the reply is a list, be it of one. (It also is one where the request's only part is an array of several.)
+        infer: for a reply in the form of the Open Inference Protocol; None for any other.
     """
 
-    picture: bytes | list[Any]
-    options: Options
+    parts: tuple[Part | ClientError, ...]
     reply_format: ReplyFormat
+    listed: bool = False
+    infer: Infer | None = None
+
+
+def is_describe_request(row: object, headers: Mapping[str, object]) -> bool:
+    """Whether TorchServe itself asks what this service does. A client's own `describe` header says nothing."""
+    return row == {} and headers.get(DESCRIBE_HEADER) == "True" and ROUTE_HEADER not in headers
 
 
 def parse_request(row: object, headers: Mapping[str, object], class_count: int) -> Request:
@@ -119,17 +150,104 @@ def parse_request(row: object, headers: Mapping[str, object], class_count: int) 
     """
     text_headers = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
     fields = _read_fields(row, text_headers)
-    pictures = [(name, fields.pop(name)) for name in PICTURE_FIELDS if name in fields]
-    options = _read_options(_options_in(text_headers) | fields, class_count, explain_route=headers.get(ROUTE_HEADER) == "True")
-    reply_format = _negotiate(text_headers.get("accept", ""), explain=options.explain)
+    reader = _Reader(_options_in(text_headers), class_count, explain_route=headers.get(ROUTE_HEADER) == "True")
+    accept = text_headers.get("accept", "")
+    if INSTANCES in fields and INPUTS in fields:
+        raise InvalidRequest(f"got '{INSTANCES}' and '{INPUTS}'; one of them is accepted")
+    if INSTANCES in fields:
+        return _read_v1(fields, reader, accept)
+    if INPUTS in fields:
+        return _read_v2(fields, reader, accept)
+    part = _read_part(fields, reader)
+    return Request((part,), _negotiate(accept, explain=part.options.explain))
+
+
+class _Reader:
+    """Reads options once they are asked for, from the headers and from the fields that stand above them."""
+
+    def __init__(self, given: Mapping[str, object], class_count: int, *, explain_route: bool) -> None:
+        self.given = given
+        self.class_count = class_count
+        self.explain_route = explain_route
+
+    @functools.cached_property
+    def options(self) -> Options:
+        return _read_options(self.given, self.class_count, explain_route=self.explain_route)
+
+    def with_fields(self, fields: Mapping[str, object]) -> "_Reader":
+        """Put fields above what is given so far."""
+        if not fields:
+            return self  # and what it has read
+        return _Reader({**self.given, **fields}, self.class_count, explain_route=self.explain_route)
+
+
+# --- the forms of a request
+
+
+def _read_part(fields: Mapping[str, object], reader: _Reader) -> Part:
+    """Read one picture and its options from fields."""
+    pictures = {name: value for name, value in fields.items() if name in PICTURE_FIELDS}
+    options = reader.with_fields({name: value for name, value in fields.items() if name not in PICTURE_FIELDS}).options
     if len(pictures) > 1:
-        raise InvalidRequest(f"got several pictures ({', '.join(name for name, _ in pictures)}); one of these fields is accepted")
+        raise InvalidRequest(f"got several pictures ({', '.join(pictures)}); one of these fields is accepted")
     if not pictures:
         raise EmptyRequest(
             "got no picture; accepted: an image file as the body, a multipart field 'data', or JSON {\"data\": ...} sent with "
             "'Content-Type: application/json'"
         )
-    return Request(_read_picture(*pictures[0]), options, reply_format)
+    ((name, value),) = pictures.items()
+    return Part(_read_picture(name, value), options)
+
+
+def _read_part_or_error(fields: Mapping[str, object], reader: _Reader) -> Part | ClientError:
+    try:
+        return _read_part(fields, reader)
+    except ClientError as error:
+        return error
+
+
+def _read_v1(fields: Mapping[str, object], reader: _Reader, accept: str) -> Request:
+    """Read a body of KServe v1. A bad instance is an error in its place, so that the reply can name them all."""
+    shared, instances = split_instances(fields)
+    _refuse_pictures_beside(INSTANCES, shared)
+    reader = reader.with_fields(shared)
+    _ = reader.options  # a mistake in what all share is one error, not one for each instance
+    parts = tuple(_read_part_or_error(instance, reader) for instance in instances)
+    asked = [part.options for part in parts if isinstance(part, Part)]
+    reply_format = _negotiate(accept, explain=all(options.explain for options in asked))
+    if reply_format is not ReplyFormat.JSON and len({_map_axes(options) for options in asked}) > 1:
+        raise InvalidOption(f"got different numbers of targets for one array of {reply_format}; the same number is accepted")
+    return Request(parts, reply_format, listed=True)
+
+
+def _read_v2(fields: Mapping[str, object], reader: _Reader, accept: str) -> Request:
+    """Read a body of the Open Inference Protocol v2. Its options hold for all of its pictures."""
+    body = read_infer_body(fields)
+    _refuse_pictures_beside(INPUTS, body.options)
+    reader = reader.with_fields(body.options)
+    unexplained = [] if reader.options.explain else [name for name in body.infer.outputs if name in EXPLANATION_OUTPUTS]
+    if unexplained:
+        raise InvalidRequest(f"got the output {shown(unexplained[0])} without an explanation; ask for one with 'explain'")
+    parts: tuple[Part | ClientError, ...]
+    if isinstance(body.pictures, Tensor):
+        parts = (Part(body.pictures, reader.options),)
+    else:
+        parts = tuple(
+            picture if isinstance(picture, ClientError) else _read_part_or_error({"data": picture}, reader)
+            for picture in body.pictures
+        )
+    return Request(parts, _negotiate(accept, explain=reader.options.explain), listed=True, infer=body.infer)
+
+
+def _refuse_pictures_beside(name: str, shared: Mapping[str, object]) -> None:
+    beside = [field for field in PICTURE_FIELDS if field in shared]
+    if beside:
+        raise InvalidRequest(f"got {beside[0]!r} beside {name!r}; pictures in one of them are accepted")
+
+
+def _map_axes(options: Options) -> int | None:
+    """How many maps a picture gets, None where it is one map without an axis for targets."""
+    return len(options.target.classes) if options.target.several else None
 
 
 # --- where things stand in a request
@@ -149,6 +267,7 @@ def _read_fields(row: object, headers: Mapping[str, str]) -> dict[str, object]:
     if isinstance(body, (bytes, bytearray, str)):
         content = body.encode() if isinstance(body, str) else bytes(body)
         is_json = media_type == "application/json" or media_type.endswith("+json") or content.lstrip()[:1] in (b"{", b"[")
+        is_json = is_json and not content.startswith(NPY_MAGIC)
         if not content or not is_json:
             return {"body": content} if content else {}
         body = _parse_json(content)
@@ -181,6 +300,8 @@ def _read_picture(field: str, value: object) -> bytes | list[Any]:
         return bytes(value)
     if isinstance(value, list):
         return value
+    if isinstance(value, dict) and value.keys() == {"b64"} and isinstance(value["b64"], str):
+        value = value["b64"]
     if isinstance(value, str):
         return _decode_base64(field, value)
     raise InvalidRequest(f"got {shown(value)} in {field!r}; a base64 text or nested lists of numbers are accepted")
@@ -221,29 +342,48 @@ def _read_options(given: Mapping[str, object], class_count: int, *, explain_rout
     return Options(**values, style=style)
 
 
-def _parse_flag(name: str, value: object, _class_count: int) -> bool:
-    if isinstance(value, bool):
-        return value
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    raise InvalidOption(f"got {shown(value)} as {name!r}; true and false are accepted")
+class OptionParser(Protocol):
+    """Reads the values of one option."""
+
+    def __call__(self, name: str, value: object, class_count: int) -> object:
+        """Convert a value, or raise InvalidOption."""
+
+    def accepted(self, class_count: int) -> list[object]:
+        """List the values that are accepted, for people to read."""
 
 
-def _parse_target(name: str, value: object, class_count: int) -> Targets:
-    """Read a class, "predicted", a list of these, or "all". In text, a list is JSON (`[3, 5]`) or has commas (`3,5`)."""
-    if value == "all":
-        return Targets(tuple(range(class_count)), several=True)
-    members: object = value
-    if isinstance(value, str) and value.startswith("["):
-        with contextlib.suppress(ValueError, RecursionError):
-            members = json.loads(value)
-    elif isinstance(value, str) and "," in value:
-        members = [part.strip() for part in value.split(",")]
-    if not isinstance(members, list):
-        return Targets((_parse_class(name, members, class_count),), several=False)
-    if not 1 <= len(members) <= class_count:
-        raise InvalidOption(f"got {len(members)} classes as {name!r}; a list of 1 to {class_count} is accepted")
-    return Targets(tuple(_parse_class(name, member, class_count) for member in members), several=True)
+class _FlagParser:
+    def __call__(self, name: str, value: object, class_count: int) -> bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        raise InvalidOption(f"got {shown(value)} as {name!r}; true and false are accepted")
+
+    def accepted(self, class_count: int) -> list[object]:
+        return [True, False]
+
+
+class _TargetParser:
+    """Reads a class, "predicted", a list of these, or "all". In text, a list is JSON (`[3, 5]`) or has commas (`3,5`)."""
+
+    def __call__(self, name: str, value: object, class_count: int) -> Targets:
+        if value == "all":
+            return Targets(tuple(range(class_count)), several=True)
+        members: object = value
+        if isinstance(value, str) and value.startswith("["):
+            with contextlib.suppress(ValueError, RecursionError):
+                members = json.loads(value)
+        elif isinstance(value, str) and "," in value:
+            members = [part.strip() for part in value.split(",")]
+        if not isinstance(members, list):
+            return Targets((_parse_class(name, members, class_count),), several=False)
+        if not 1 <= len(members) <= class_count:
+            raise InvalidOption(f"got {len(members)} classes as {name!r}; a list of 1 to {class_count} is accepted")
+        return Targets(tuple(_parse_class(name, member, class_count) for member in members), several=True)
+
+    def accepted(self, class_count: int) -> list[object]:
+        return [*range(class_count), "predicted", "a list of these", "all"]
 
 
 def _parse_class(name: str, value: object, class_count: int) -> int | None:
@@ -258,48 +398,59 @@ def _parse_class(name: str, value: object, class_count: int) -> int | None:
     )
 
 
-def _parse_size(name: str, value: object, _class_count: int) -> int:
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
-        value = int(value)
-    if type(value) is int and MIN_SIZE <= value <= MAX_SIZE:
-        return value
-    raise InvalidOption(f"got {shown(value)} as {name!r}; an integer from {MIN_SIZE} to {MAX_SIZE} is accepted")
+class _SizeParser:
+    def __call__(self, name: str, value: object, class_count: int) -> int:
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+            value = int(value)
+        if type(value) is int and MIN_SIZE <= value <= MAX_SIZE:
+            return value
+        raise InvalidOption(f"got {shown(value)} as {name!r}; an integer from {MIN_SIZE} to {MAX_SIZE} is accepted")
+
+    def accepted(self, class_count: int) -> list[object]:
+        return [f"an integer from {MIN_SIZE} to {MAX_SIZE}"]
 
 
-def _parse_percentile(name: str, value: object, _class_count: int) -> float:
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
-        value = float(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and MIN_PERCENTILE <= value <= 100:
-        return float(value)
-    raise InvalidOption(f"got {shown(value)} as {name!r}; a number from {MIN_PERCENTILE} to 100 is accepted")
+class _PercentileParser:
+    def __call__(self, name: str, value: object, class_count: int) -> float:
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
+            value = float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and MIN_PERCENTILE <= value <= 100:
+            return float(value)
+        raise InvalidOption(f"got {shown(value)} as {name!r}; a number from {MIN_PERCENTILE} to 100 is accepted")
+
+    def accepted(self, class_count: int) -> list[object]:
+        return [f"a number from {MIN_PERCENTILE} to 100"]
 
 
 Choice = TypeVar("Choice", bound=StrEnum)
 
 
 class _ChoiceParser(Generic[Choice]):
-    """Parses the values of one enumeration."""
+    """Reads the values of one enumeration."""
 
     def __init__(self, choices: type[Choice]) -> None:
         self.choices = choices
 
-    def __call__(self, name: str, value: object, _class_count: int) -> Choice:
+    def __call__(self, name: str, value: object, class_count: int) -> Choice:
         if isinstance(value, str) and value in list(self.choices):
             return self.choices(value)
         raise InvalidOption(f"got {shown(value)} as {name!r}; accepted: {', '.join(self.choices)}")
 
+    def accepted(self, class_count: int) -> list[object]:
+        return list(self.choices)
 
-OPTION_PARSERS: Mapping[str, Callable[[str, object, int], object]] = {
-    "explain": _parse_flag,
-    "target": _parse_target,
+
+OPTION_PARSERS: Mapping[str, OptionParser] = {
+    "explain": _FlagParser(),
+    "target": _TargetParser(),
     "method": _ChoiceParser(Method),
     "space": _ChoiceParser(Space),
     "prepare": _ChoiceParser(Prepare),
     "encoding": _ChoiceParser(Encoding),
-    "size": _parse_size,
+    "size": _SizeParser(),
     "colormap": _ChoiceParser(Colormap),
     "polarity": _ChoiceParser(Polarity),
-    "clip_percentile": _parse_percentile,
+    "clip_percentile": _PercentileParser(),
     "layout": _ChoiceParser(Layout),
 }
 STYLE_OPTIONS = tuple(field.name for field in dataclasses.fields(Style))  # the options of pictures

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from torch import nn
 from ts.context import Context, RequestProcessor
 
 import handler.digit_handler as handler_module
+import handler.prepare as prepare_module
 import handler.reply as reply_module
 from handler.archive import ArchiveError
 from handler.digit_handler import DigitHandler
 from handler.drawing import Row, Style, draw
+from handler.request import OPTION_PARSERS, parse_request
 from handler.saliency import predict_and_explain
 from tests.conftest import DIGIT_FILES, label_of, manifest_of
 
@@ -76,13 +79,18 @@ def test_every_row_of_a_mixed_batch_gets_the_answer_that_it_gets_alone(handler: 
         assert status == status_alone
         assert headers.keys() == headers_alone.keys()
         assert headers["content-type"] == headers_alone["content-type"]
-        if headers["content-type"] == "application/json":
-            assert_close(json.loads(body), json.loads(body_alone))
-        elif headers["content-type"] == "image/png":
-            with Image.open(io.BytesIO(body)) as drawn, Image.open(io.BytesIO(body_alone)) as drawn_alone:
-                np.testing.assert_allclose(np.asarray(drawn).astype(int), np.asarray(drawn_alone).astype(int), atol=3)
-        else:
-            np.testing.assert_allclose(np.load(io.BytesIO(body)), np.load(io.BytesIO(body_alone)), rtol=0, atol=1e-5)
+        assert_close_bodies(headers["content-type"], body, body_alone)
+
+
+def assert_close_bodies(content_type: str, body: bytes, other: bytes) -> None:
+    """Equal within float32 rounding, in any reply format."""
+    if content_type == "application/json":
+        assert_close_everywhere(json.loads(body), json.loads(other))
+    elif content_type == "image/png":
+        with Image.open(io.BytesIO(body)) as drawn, Image.open(io.BytesIO(other)) as drawn_alone:
+            np.testing.assert_allclose(np.asarray(drawn).astype(int), np.asarray(drawn_alone).astype(int), atol=3)
+    else:
+        np.testing.assert_allclose(np.load(io.BytesIO(body)), np.load(io.BytesIO(other)), rtol=0, atol=1e-5)
 
 
 def assert_close(one: Any, other: Any) -> None:
@@ -226,7 +234,7 @@ def test_defect_in_one_row_is_a_500_for_that_row_and_its_log_holds_no_data(
     def broken(rows: Any, height: int, width: int) -> Any:
         raise KeyError(str(rows))
 
-    monkeypatch.setattr(handler_module, "decode_numbers", broken)
+    monkeypatch.setattr(prepare_module, "decode_numbers", broken)
     good, bad = answer(handler, [MIXED[0], ({"body": {"data": [["secret"]]}}, {})], tmp_path / "unpacked")
     assert (good[0], bad[0]) == (200, 500)
     assert json.loads(bad[2])["error"]["type"] == "InternalError"
@@ -272,3 +280,252 @@ def test_worker_settings_and_exact_arithmetic_are_applied(unpack: Callable[[], P
         assert not torch.backends.cudnn.allow_tf32
     finally:
         torch.set_num_threads(threads)
+
+
+# --- several pictures in a request
+
+
+def npy(array: NDArray[Any]) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def levels_of(files: list[Path]) -> NDArray[np.uint8]:
+    return np.stack([np.asarray(Image.open(file)) for file in files])
+
+
+BASE64_PICTURE = base64.b64encode(PICTURE).decode()
+SEVERAL: Batch = [
+    ({"body": bytearray(npy(levels_of(DIGIT_FILES[:3])))}, {"explain": "True"}),
+    ({"data": bytearray(npy(levels_of(DIGIT_FILES[3:5]))), "target": bytearray(b"[2]")}, {"explain": "True"}),
+    ({"body": bytearray(npy(levels_of(DIGIT_FILES[5:6])[0]))}, {"explain": "False"}),
+    ({"body": {"instances": [BASE64_PICTURE, {"data": BASE64_PICTURE, "explain": True, "target": 3}]}}, {"explain": "False"}),
+    ({"body": {"instances": [BASE64_PICTURE, "broken", {"data": BASE64_PICTURE, "target": -1}]}}, {"explain": "True"}),
+    ({"body": {"inputs": [{"name": "x", "shape": [1], "datatype": "BYTES", "data": [BASE64_PICTURE]}]}}, {"explain": "True"}),
+    ({"body": bytearray(npy(levels_of(DIGIT_FILES[6:9])))}, {"explain": "True", "Accept": "application/x-npy"}),
+    *MIXED,
+]
+
+
+def test_requests_with_several_pictures_share_a_batch_and_one_forward(handler: DigitHandler, tmp_path: Path) -> None:
+    rows = []
+    hook = handler.model.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    together = answer(handler, SEVERAL, tmp_path / "unpacked")
+    assert rows == [3 + 2 + 1 + 2 + 1 + 3 + 6]
+    hook.remove()
+    for row, (status, headers, body) in zip(SEVERAL, together, strict=True):
+        ((status_alone, headers_alone, body_alone),) = answer(handler, [row], tmp_path / "unpacked")
+        assert (status, headers.keys()) == (status_alone, headers_alone.keys())
+        assert_close_bodies(headers["content-type"], body, body_alone)
+
+
+def assert_close_everywhere(one: Any, other: Any) -> None:
+    """As `assert_close`, also where objects stand in lists."""
+    if isinstance(one, list) and one and not isinstance(one[0], (int, float, list)):
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_close_everywhere(left, right)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_close_everywhere(one[key], other[key])
+    else:
+        assert_close(one, other)
+
+
+def test_each_of_several_pictures_gets_the_answer_that_it_gets_alone(handler: DigitHandler, tmp_path: Path) -> None:
+    files = DIGIT_FILES[:3]
+    batch: Batch = [
+        ({"body": bytearray(npy(levels_of(files)))}, {"explain": "True"}),
+        *(({"body": bytearray(file.read_bytes())}, {"explain": "True"}) for file in files),
+    ]
+    several, *singles = [json.loads(body) for _, _, body in answer(handler, batch, tmp_path / "unpacked")]
+    assert several.keys() == {"predictions", "explanations"}
+    for prediction, explanation, single in zip(several["predictions"], several["explanations"], singles, strict=True):
+        assert_close(explanation, single.pop("explanation"))
+        assert prediction.pop("preparation") == {"source": "uint8 array, 0-255", "steps": [], "inverted": False}
+        assert single.pop("preparation") == {"source": "PNG image", "steps": []}
+        assert_close(prediction, single)
+
+
+def test_more_pictures_than_one_forward_takes_are_answered_in_order(
+    handler: DigitHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handler_module, "MAX_FORWARD_PICTURES", 4)
+    rows = []
+    handler.model.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    files = DIGIT_FILES[::5]
+    batch: Batch = [
+        ({"body": bytearray(npy(levels_of(files)))}, {"explain": "False"}),
+        ({"body": bytearray(npy(levels_of(files[::-1])))}, {"explain": "True"}),
+    ]
+    forward, backward = [json.loads(body) for _, _, body in answer(handler, batch, tmp_path / "unpacked")]
+    assert rows == [4, 4, 4, 4, 4]
+    assert [prediction["digit"] for prediction in forward["predictions"]] == [label_of(file) for file in files]
+    assert [explanation["target"] for explanation in backward["explanations"]] == [label_of(file) for file in files[::-1]]
+
+
+def test_network_that_fails_on_one_part_fails_only_the_requests_in_it(
+    handler: DigitHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handler_module, "MAX_FORWARD_PICTURES", 2)
+    calls: list[None] = []
+
+    def failing(*_: object) -> None:
+        calls.append(None)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+
+    handler.model.register_forward_pre_hook(failing)
+    batch: Batch = [({"body": bytearray(npy(levels_of(DIGIT_FILES[:n])))}, {"explain": "False"}) for n in (2, 3, 1, 2)]
+    assert [status for status, _, _ in answer(handler, batch, tmp_path / "unpacked")] == [200, 500, 200, 200]
+
+
+@pytest.mark.parametrize(
+    ("row", "indices", "message"),
+    [
+        pytest.param(
+            {"body": {"instances": [BASE64_PICTURE, "x", BASE64_PICTURE, {"data": BASE64_PICTURE, "target": 99}, "abcd"]}},
+            [1, 3, 4],
+            "got 3 bad of 5 pictures, at index 1, 3, 4; at 1: got 'x' in 'data'; ",
+            id="v1",
+        ),
+        pytest.param(
+            {
+                "body": {
+                    "instances": [{"data": npy_text} for npy_text in (base64.b64encode(npy(np.zeros((2, 28, 28)))).decode(),)]
+                }
+            },
+            [0],
+            "at 0: got an array of 2 pictures as one of several; one picture is accepted",
+            id="array in an instance",
+        ),
+        pytest.param(
+            {"body": {"inputs": [{"name": "x", "shape": [2], "datatype": "BYTES", "data": ["", BASE64_PICTURE]}]}},
+            [0],
+            "got 1 bad of 2 pictures, at index 0; at 0: got an empty text",
+            id="v2 bytes",
+        ),
+        pytest.param(
+            {"body": bytearray(npy(np.array([0, 2, 0, 2, 0])[:, None, None] * np.ones((28, 28))))},
+            [1, 3],
+            "got 2 bad of 5 pictures, at index 1, 3; at 1, 3: got 2.0 at row 0, column 0; floats from 0.0 to 1.0 are accepted",
+            id="npy",
+        ),
+        pytest.param(
+            {"body": {"inputs": [{"name": "x", "shape": [1, 28, 28], "datatype": "UINT8", "data": [256] * 784}]}},
+            [0],
+            "got 1 bad of 1 pictures, at index 0; at 0: got 256 at row 0",
+            id="v2 numbers",
+        ),
+        pytest.param(
+            {"body": {"instances": [f"x{number}" for number in range(9)]}},
+            list(range(9)),
+            "; and 4 more errors",
+            id="many different errors",
+        ),
+    ],
+)
+def test_error_of_several_pictures_names_every_bad_one(
+    handler: DigitHandler, tmp_path: Path, row: dict[str, Any], indices: list[int], message: str
+) -> None:
+    ((status, _, body),) = answer(handler, [(row, {"explain": "True"})], tmp_path / "unpacked")
+    error = json.loads(body)["error"]
+    assert status == error["code"] == 400
+    assert error["indices"] == indices
+    assert message in error["message"]
+
+
+def test_single_npy_picture_has_an_error_without_index(handler: DigitHandler, tmp_path: Path) -> None:
+    ((status, _, body),) = answer(handler, [({"body": bytearray(npy(np.full((28, 28), 2.0)))}, {})], tmp_path / "unpacked")
+    error = json.loads(body)["error"]
+    assert status == 400
+    assert error.keys() == {"code", "type", "message"}
+    assert error["message"] == "got 2.0 at row 0, column 0; floats from 0.0 to 1.0 are accepted"
+
+
+def test_more_maps_than_are_allowed_are_refused_before_the_network_runs(handler: DigitHandler, tmp_path: Path) -> None:
+    handler.model.register_forward_hook(lambda *_: pytest.fail("the network ran"))
+    headers = {"explain": "True", "X-Saliency-Target": "all"}
+    row = {"body": bytearray(npy(np.zeros((103, 28, 28))))}
+    ((status, _, body),) = answer(handler, [(row, headers)], tmp_path / "unpacked")
+    assert status == 413
+    assert json.loads(body)["error"]["type"] == "RequestTooLarge"
+    assert "got 103 pictures with 1030 targets in all; up to 1024" in json.loads(body)["error"]["message"]
+
+
+def test_images_of_one_request_share_a_limit_of_pixels(handler: DigitHandler, tmp_path: Path) -> None:
+    """Else a thousand large images in one request would keep a worker busy past its time limit."""
+    file = io.BytesIO()
+    image = Image.new("L", (3000, 3000))
+    image.paste(255, (1400, 500, 1600, 2500))
+    image.save(file, "PNG")
+    large = base64.b64encode(file.getvalue()).decode()
+    row = {"body": {"instances": [large, BASE64_PICTURE, large, BASE64_PICTURE]}}
+    ((status, _, body),) = answer(handler, [(row, {})], tmp_path / "unpacked")
+    error = json.loads(body)["error"]
+    assert (status, error["type"], error["indices"]) == (413, "ImageTooLarge", [2])
+    assert "up to 16,000,000 pixels, in all images of a request together, are accepted" in error["message"]
+
+
+def test_npy_reply_of_many_pictures_has_no_long_headers(handler: DigitHandler, tmp_path: Path) -> None:
+    headers = {"explain": "True", "Accept": "application/x-npy", "X-Saliency-Target": "3,5"}
+    batch: Batch = [({"body": bytearray(npy(np.zeros((count, 28, 28))))}, headers) for count in (2, 100, 101)]
+    two, hundred, more = answer(handler, batch, tmp_path / "unpacked")
+    assert two[1]["X-Saliency-Target"] == "3,5;3,5"
+    assert [len(two[1][name].split(";")) for name in ("X-Digit", "X-Probability")] == [2, 2]
+    assert all(len(value) < 4096 for value in hundred[1].values())
+    assert more[1].keys() == {"content-type", "X-Saliency-Method", "X-Saliency-Min", "X-Saliency-Max"}
+    assert np.load(io.BytesIO(more[2])).shape == (101, 2, 28, 28)
+
+
+# --- what the service says of itself
+
+
+def test_describe_request_of_torchserve_gets_the_description(handler: DigitHandler, tmp_path: Path) -> None:
+    (status, headers, body), (neighbour, _, _) = answer(handler, [({}, {"describe": "True"}), MIXED[0]], tmp_path / "unpacked")
+    description = json.loads(body)
+    assert (status, neighbour) == (200, 200)
+    assert headers == {"content-type": "application/json"}
+    assert description["model"] == handler.model_description
+    assert description["input_shape"] == [28, 28]
+    assert description["options"].keys() == OPTION_PARSERS.keys()
+    assert description["options"]["target"]["default"] == "predicted"
+    assert description["methods"] == description["options"]["method"]["accepted"]
+    assert description["limits"] == {
+        "pictures_a_request": 1024,
+        "maps_a_request": 1024,
+        "image_pixels_a_request": 16_000_000,
+        "image_map_numbers_a_request": 1_440_000,
+    }
+    assert description["versions"]["torch"] == version("torch")
+
+
+def test_every_value_that_the_description_lists_is_accepted(handler: DigitHandler, tmp_path: Path) -> None:
+    ((_, _, body),) = answer(handler, [({}, {"describe": "True"})], tmp_path / "unpacked")
+    for name, option in json.loads(body)["options"].items():
+        for value in [*option["accepted"], option["default"]]:
+            if not str(value).startswith(("a ", "an ")):  # a description, such as "an integer from 28 to 2048"
+                row = {"body": {"data": BASE64_PICTURE, "polarity": "absolute", name: value}}  # absolute takes every colour map
+                assert parse_request(row, {}, handler.class_count).parts, (name, value)
+        assert parse_request({"body": bytearray(PICTURE)}, {option["header"]: str(option["default"])}, handler.class_count)
+
+
+@pytest.mark.parametrize(
+    ("row", "headers", "status"),
+    [
+        ({"body": bytearray(PICTURE)}, {"explain": "False", "describe": "True"}, 200),
+        ({"body": bytearray(PICTURE)}, {"describe": "True"}, 200),
+        ({}, {"explain": "True", "describe": "True"}, 400),
+        ({}, {"describe": {"content-type": ""}}, 400),
+        ({}, {"Describe": "True"}, 400),
+    ],
+    ids=["picture", "picture by another route", "empty request", "form field", "capital letter"],
+)
+def test_describe_header_of_a_client_changes_nothing(
+    handler: DigitHandler, tmp_path: Path, row: dict[str, Any], headers: dict[str, Any], status: int
+) -> None:
+    ((got, _, body), neighbour) = answer(handler, [(row, headers), MIXED[0]], tmp_path / "unpacked")
+    assert (got, neighbour[0]) == (status, 200)
+    assert ("digit" if status == 200 else "error") in json.loads(body)

@@ -10,14 +10,18 @@ from scripts.package import ROOT
 HANDLER_IMPORTS = {  # module -> the handler modules that it may import
     "__init__": set[str](),
     "errors": set[str](),
-    "request": {"errors", "drawing"},
+    "kserve": {"errors"},
+    "request": {"errors", "kserve", "drawing"},
     "decode": {"errors"},
+    "arrays": {"errors", "decode", "kserve"},
     "canonical": {"errors"},
     "drawing": {"errors"},
-    "reply": {"errors", "request", "drawing"},
+    "reply": {"errors", "request", "kserve", "drawing"},
+    "describe": {"decode", "drawing", "kserve", "request", "prepare"},
     "saliency": set[str](),
     "archive": set[str](),
-    "digit_handler": {"errors", "request", "decode", "canonical", "reply", "saliency", "archive"},
+    "prepare": {"errors", "kserve", "request", "decode", "arrays", "canonical"},
+    "digit_handler": {"errors", "request", "prepare", "reply", "describe", "saliency", "archive"},
 }
 OUTSIDE = {  # package -> the only handler modules that may import it
     "ts": {"digit_handler"},

@@ -17,7 +17,7 @@ from handler.errors import (
     NotAcceptable,
     UnknownOption,
 )
-from handler.request import Encoding, Options, Prepare, ReplyFormat, Request, Targets, parse_request
+from handler.request import Encoding, Options, Part, Prepare, ReplyFormat, Request, Targets, parse_request
 
 PICTURE = b"\x89PNG any bytes"
 BASE64 = base64.b64encode(PICTURE).decode()
@@ -26,6 +26,15 @@ JSON_HEADERS = {"Content-Type": "application/json"}
 
 def parse(row: object, headers: dict[str, Any] | None = None) -> Request:
     return parse_request(row, headers or {}, class_count=10)
+
+
+def parse_part(row: object, headers: dict[str, Any] | None = None) -> Part:
+    """The one part of a request with one picture."""
+    request = parse(row, headers)
+    assert (request.listed, request.infer) == (False, None)
+    (part,) = request.parts
+    assert isinstance(part, Part)
+    return part
 
 
 # --- where the picture stands
@@ -53,16 +62,16 @@ def parse(row: object, headers: dict[str, Any] | None = None) -> Request:
     ],
 )
 def test_picture_bytes_are_found(row: object, headers: dict[str, str]) -> None:
-    assert parse(row, headers).picture == PICTURE
+    assert parse_part(row, headers).payload == PICTURE
 
 
 def test_nested_numbers_are_handed_on_unchecked() -> None:
-    assert parse({"body": {"data": [[0, 1], [2, 3]]}}, JSON_HEADERS).picture == [[0, 1], [2, 3]]
+    assert parse_part({"body": {"data": [[0, 1], [2, 3]]}}, JSON_HEADERS).payload == [[0, 1], [2, 3]]
 
 
 def test_torchserves_own_sample_request_is_understood() -> None:
-    request = parse({"body": {"data": BASE64, "target": 0}}, JSON_HEADERS | {"explain": "True"})
-    assert request.picture == PICTURE
+    request = parse_part({"body": {"data": BASE64, "target": 0}}, JSON_HEADERS | {"explain": "True"})
+    assert request.payload == PICTURE
     assert request.options.explain
     assert request.options.target == Targets((0,), several=False)
 
@@ -120,11 +129,11 @@ def test_request_without_a_readable_picture_is_refused(
 
 
 def test_defaults_are_those_of_the_contract() -> None:
-    request = parse({"body": bytearray(PICTURE)})
-    assert request.options == Options()
-    assert request.reply_format is ReplyFormat.JSON
-    assert not request.options.explain
-    assert request.options.target == Targets((None,), several=False)
+    assert parse({"body": bytearray(PICTURE)}).reply_format is ReplyFormat.JSON
+    options = parse_part({"body": bytearray(PICTURE)}).options
+    assert options == Options()
+    assert not options.explain
+    assert options.target == Targets((None,), several=False)
 
 
 OPTION_CASES = [
@@ -153,16 +162,16 @@ OPTION_CASES = [
 @pytest.mark.parametrize(("name", "value", "expected"), OPTION_CASES)
 def test_option_means_the_same_in_json_form_and_header(name: str, value: object, expected: Options) -> None:
     text = value if isinstance(value, str) else json.dumps(value)
-    assert parse({"body": {"data": BASE64, name: value}}, JSON_HEADERS).options == expected
-    assert parse({"data": bytearray(PICTURE), name: bytearray(text.encode())}).options == expected
-    assert parse({"data": bytearray(PICTURE), name: text}).options == expected
-    assert parse({"body": bytearray(PICTURE)}, {f"X-SALIENCY-{name}": f" {text} "}).options == expected
-    assert parse({"body": bytearray(PICTURE)}, {f"x-saliency-{name.replace('_', '-')}": text}).options == expected
+    assert parse_part({"body": {"data": BASE64, name: value}}, JSON_HEADERS).options == expected
+    assert parse_part({"data": bytearray(PICTURE), name: bytearray(text.encode())}).options == expected
+    assert parse_part({"data": bytearray(PICTURE), name: text}).options == expected
+    assert parse_part({"body": bytearray(PICTURE)}, {f"X-SALIENCY-{name}": f" {text} "}).options == expected
+    assert parse_part({"body": bytearray(PICTURE)}, {f"x-saliency-{name.replace('_', '-')}": text}).options == expected
 
 
 @pytest.mark.parametrize("text", ["3,9", "3, 9", "[3, 9]", " 3 ,9 "])
 def test_list_of_targets_in_text_has_commas_or_is_json(text: str) -> None:
-    options = parse({"body": bytearray(PICTURE)}, {"X-Saliency-Target": text}).options
+    options = parse_part({"body": bytearray(PICTURE)}, {"X-Saliency-Target": text}).options
     assert options.target == Targets((3, 9), several=True)
 
 
@@ -208,7 +217,7 @@ def test_value_that_an_option_does_not_take_is_refused(name: str, value: object,
 
 def test_options_of_a_picture_are_read_together_from_fields_and_headers() -> None:
     headers = JSON_HEADERS | {"X-Saliency-Polarity": "absolute", "X-Saliency-Clip-Percentile": "95", "X-Saliency-Size": "64"}
-    options = parse({"body": {"data": BASE64, "colormap": "plasma", "size": 100}}, headers).options
+    options = parse_part({"body": {"data": BASE64, "colormap": "plasma", "size": 100}}, headers).options
     assert options.style == Style(size=100, colormap=Colormap.PLASMA, polarity=Polarity.ABSOLUTE, clip_percentile=95)
 
 
@@ -242,7 +251,7 @@ def test_unknown_option_is_refused_and_the_known_ones_are_named(row: object, hea
 
 
 def test_field_stands_above_header() -> None:
-    request = parse({"body": {"data": BASE64, "target": 3}}, JSON_HEADERS | {"X-Saliency-Target": "5"})
+    request = parse_part({"body": {"data": BASE64, "target": 3}}, JSON_HEADERS | {"X-Saliency-Target": "5"})
     assert request.options.target == Targets((3,), several=False)
 
 
@@ -253,8 +262,10 @@ def test_headers_that_torchserve_adds_for_form_fields_are_passed_over() -> None:
 
 
 def test_only_the_frontends_own_header_makes_an_explanation_of_a_prediction() -> None:
-    assert parse({"body": bytearray(PICTURE)}, {"explain": "True"}).options.explain
-    assert not parse({"body": bytearray(PICTURE)}, {"explain": "False", "Explain": "True", "describe": "True"}).options.explain
+    assert parse_part({"body": bytearray(PICTURE)}, {"explain": "True"}).options.explain
+    assert not parse_part(
+        {"body": bytearray(PICTURE)}, {"explain": "False", "Explain": "True", "describe": "True"}
+    ).options.explain
 
 
 # --- Accept

@@ -1,0 +1,58 @@
+"""What the service says of itself, taken from the tables that it works by."""
+
+from importlib.metadata import version
+from typing import Any
+
+from handler.decode import ACCEPTED_FORMATS, MAX_PIXELS
+from handler.drawing import Style
+from handler.kserve import BYTES, EXPLANATION_OUTPUTS, MAX_PICTURES, NUMPY_TYPES, PREDICTION_OUTPUTS
+from handler.prepare import MAX_IMAGE_MAP_NUMBERS, MAX_MAPS
+from handler.request import HEADER_PREFIX, OPTION_PARSERS, STYLE_OPTIONS, Options, Prepare, ReplyFormat, Targets
+
+VERSIONS_OF = ("torch", "torchserve", "numpy", "scipy", "pillow")
+
+
+def describe_service(model: dict[str, str], height: int, width: int, class_count: int) -> dict[str, Any]:
+    """List options, accepted values and defaults, formats, limits and versions.
+
+    Args:
+        model: name, version and checksum of the weights.
+        height, width: of the network's input.
+        class_count: how many classes the network has.
+    """
+    return {
+        "model": model,
+        "class_count": class_count,
+        "input_shape": [height, width],
+        "image_formats": ACCEPTED_FORMATS,
+        "array_shapes": [[height, width], ["N", height, width], ["N", 1, height, width]],
+        "tensor_datatypes": [BYTES, *NUMPY_TYPES],
+        "options": {
+            name: {
+                "accepted": parser.accepted(class_count),
+                "default": _plain(getattr(Style() if name in STYLE_OPTIONS else Options(), name)),
+                "header": HEADER_PREFIX + name.replace("_", "-"),
+            }
+            for name, parser in OPTION_PARSERS.items()
+        },
+        "methods": OPTION_PARSERS["method"].accepted(class_count),
+        "reply_formats": list(ReplyFormat),
+        "tensor_outputs": {"prediction": PREDICTION_OUTPUTS, "explanation": EXPLANATION_OUTPUTS},
+        "limits": {
+            "pictures_a_request": MAX_PICTURES,
+            "maps_a_request": MAX_MAPS,
+            "image_pixels_a_request": MAX_PIXELS,
+            "image_map_numbers_a_request": MAX_IMAGE_MAP_NUMBERS,
+        },
+        "versions": {package: version(package) for package in VERSIONS_OF},
+    }
+
+
+def _plain(default: object) -> object:
+    """Give an option's default the form in which a client would send it."""
+    if default is None:  # of `prepare`: it depends on the form of the picture, and for images is this
+        return Prepare.AUTO
+    if not isinstance(default, Targets):
+        return default
+    classes = ["predicted" if target is None else target for target in default.classes]
+    return classes if default.several else classes[0]

@@ -1,0 +1,80 @@
+"""Replies whose parts do not fit together, and the limits that keep a reply small enough to be sent."""
+
+import json
+
+import numpy as np
+import pytest
+
+from handler.errors import WrongShape
+from handler.kserve import MAX_ID_CHARACTERS, MAX_PICTURES, Infer
+from handler.prepare import MAX_MAPS
+from handler.reply import MAX_BATCH_BYTES, Maps, Reply, Result, fit_batch, render_results
+from handler.request import Options, ReplyFormat
+from scripts.serve import SERVE_CONFIG
+
+MODEL = {"name": "digits", "version": "1.0", "weights_sha256": "0" * 64}
+
+
+def result(height: int, value: float = 0) -> Result:
+    maps = Maps((3,), np.full((1, height, 28), value, np.float32))
+    preparation = {"source": "PNG image", "steps": []}
+    return Result(Options(explain=True), np.arange(10, dtype=np.float32), maps, preparation, maps.saliency[0])
+
+
+@pytest.mark.parametrize(
+    ("reply_format", "infer"), [(ReplyFormat.NPY, None), (ReplyFormat.JSON, Infer(None, ()))], ids=["npy", "tensors"]
+)
+def test_maps_of_different_shapes_make_no_array(reply_format: ReplyFormat, infer: Infer | None) -> None:
+    with pytest.raises(WrongShape, match=r"maps have the shapes \[\(28, 28\), \(40, 28\)\]; for one array, one shape"):
+        render_results([result(40), result(28)], reply_format, MODEL, listed=True, infer=infer)
+
+
+def test_maps_of_different_shapes_may_stand_in_a_list() -> None:
+    reply = render_results([result(40), result(28)], ReplyFormat.JSON, MODEL, listed=True, infer=None)
+    assert reply.status == 200
+
+
+@pytest.mark.parametrize("infer", [None, Infer("\U0001f600" * MAX_ID_CHARACTERS, ())], ids=["v1", "v2"])
+def test_largest_reply_is_one_that_torchserve_sends(infer: Infer | None) -> None:
+    """A reply over max_response_size would kill the worker, and its batch with it."""
+    (limit,) = [
+        line.partition("=")[2]
+        for line in (SERVE_CONFIG / "config.properties").read_text().splitlines()
+        if line.startswith("max_response_size=")
+    ]
+    assert MAX_MAPS >= MAX_PICTURES
+    longest_float = float(np.float32(-1.1754944e-38))
+    one = render_results([result(28, longest_float)], ReplyFormat.JSON, MODEL, listed=True, infer=infer)
+    assert len(one.body) * MAX_MAPS < min(int(limit), MAX_BATCH_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "refused"),
+    [
+        ([], []),
+        ([1000], []),
+        ([400, 300, 300], []),
+        ([400, 300, 301], [0]),
+        ([10, 900, 20, 800, 30], [1]),
+        ([10, 900, 20, 800, 700], [1, 3]),
+    ],
+    ids=str,
+)
+def test_batch_too_large_to_be_sent_refuses_its_largest_replies(sizes: list[int], refused: list[int]) -> None:
+    factor = 1000  # an error has a few hundred bytes itself
+    replies = [Reply(200, "application/x-npy", bytes(size * factor)) for size in sizes]
+    fitted = fit_batch(replies, max_bytes=1000 * factor + 500)
+    assert [index for index, reply in enumerate(fitted) if reply.status == 503] == refused
+    assert all(fitted[index] == replies[index] for index in range(len(sizes)) if index not in refused)
+    for index in refused:
+        error = json.loads(fitted[index].body)["error"]
+        assert (error["code"], error["type"]) == (503, "Overloaded")
+        assert f"{sizes[index] * factor:,} bytes" in error["message"]
+
+
+def test_reply_that_is_too_large_by_itself_is_a_413() -> None:
+    small = Reply(200, "application/x-npy", b"1")
+    fitted, neighbour = fit_batch([Reply(200, "application/x-npy", bytes(2000)), small], max_bytes=1000)
+    assert neighbour == small
+    assert fitted.status == 413
+    assert "got a request whose reply has 2,000 bytes; up to 1,000 are sent" in fitted.body.decode()
