@@ -6,7 +6,7 @@ from typing import Any
 from handler.decode import ACCEPTED_FORMATS, MAX_PIXELS
 from handler.drawing import Style
 from handler.kserve import BYTES, EXPLANATION_OUTPUTS, MAX_PICTURES, NUMPY_TYPES, PREDICTION_OUTPUTS
-from handler.prepare import MAX_IMAGE_MAP_NUMBERS, MAX_MAPS
+from handler.prepare import MAX_IMAGE_MAP_NUMBERS, MAX_MAPS, MAX_PREPARED_PICTURES
 from handler.request import HEADER_PREFIX, OPTION_PARSERS, STYLE_OPTIONS, Options, Prepare, ReplyFormat, Targets
 
 VERSIONS_OF = ("torch", "torchserve", "numpy", "scipy", "pillow")
@@ -40,6 +40,7 @@ def describe_service(model: dict[str, str], height: int, width: int, class_count
         "tensor_outputs": {"prediction": PREDICTION_OUTPUTS, "explanation": EXPLANATION_OUTPUTS},
         "limits": {
             "pictures_a_request": MAX_PICTURES,
+            "prepared_pictures_a_request": MAX_PREPARED_PICTURES,
             "maps_a_request": MAX_MAPS,
             "image_pixels_a_request": MAX_PIXELS,
             "image_map_numbers_a_request": MAX_IMAGE_MAP_NUMBERS,

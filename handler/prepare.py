@@ -14,7 +14,7 @@ from handler.arrays import Pictures, decode_npy, decode_tensor
 from handler.canonical import Preparation, prepare, prepare_nothing, prepare_scaling
 from handler.decode import MAX_PIXELS, Picture, PixelBudget, decode_image, decode_numbers
 from handler.errors import ClientError, RequestTooLarge, WrongShape, join_errors
-from handler.kserve import Tensor
+from handler.kserve import MAX_PICTURES, Tensor
 from handler.request import NPY_MAGIC, Options, Payload, Prepare, ReplyFormat, Request, Space
 
 # A request's pictures times their targets. As nested JSON a map has up to 12.5 KB, and a reply over TorchServe's limit (32 MiB,
@@ -24,6 +24,8 @@ MAX_MAPS = 1024
 # Numbers in all maps of a request in the pixels of its pictures, where the reply holds them: 1200 x 1200. As nested JSON they
 # have up to 20 MB. A reply that only draws them may have MAX_PIXELS.
 MAX_IMAGE_MAP_NUMBERS = 1_440_000
+# Pictures of a request in which the digit has to be looked for, which takes a CPU about 10 ms each. Canonical ones do not count.
+MAX_PREPARED_PICTURES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +86,21 @@ def prepare_pictures(request: Request, height: int, width: int) -> Prepared:
         height, width: of the network's input.
     Raises:
         ClientError: a picture is bad; where there are several, one error names all bad ones.
-        RequestTooLarge: more than MAX_MAPS maps were asked for, or maps of too many pixels.
+        RequestTooLarge: more than MAX_PREPARED_PICTURES have to be prepared, more than MAX_MAPS maps were asked for, or maps of
+            too many pixels.
     """
     pictures, options, listed = _decode_all(request, height, width)
-    questions = [_question(picture, asked, height, width) for picture, asked in zip(pictures, options, strict=True)]
+    questions: list[Question | ClientError] = []
+    prepared_count = 0
+    for picture, asked in zip(pictures, options, strict=True):
+        question = _question(picture, asked, height, width)
+        questions.append(question)
+        prepared_count += isinstance(question, Question) and question.preparation.ink_box is not None
+        if prepared_count > MAX_PREPARED_PICTURES:
+            raise RequestTooLarge(
+                f"got more than {MAX_PREPARED_PICTURES} pictures to prepare; up to that are accepted in one request, and up to "
+                f"{MAX_PICTURES} that are canonical ({height}x{width}, ink bright on dark) or have 'prepare' 'none'"
+            )
     errors = {index: question for index, question in enumerate(questions) if isinstance(question, ClientError)}
     if errors:
         raise join_errors(errors, len(pictures)) if listed else errors[0]

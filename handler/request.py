@@ -215,8 +215,10 @@ def _read_v1(fields: Mapping[str, object], reader: _Reader, accept: str) -> Requ
     parts = tuple(_read_part_or_error(instance, reader) for instance in instances)
     asked = [part.options for part in parts if isinstance(part, Part)]
     reply_format = _negotiate(accept, explain=all(options.explain for options in asked))
-    if reply_format is not ReplyFormat.JSON and len({_map_axes(options) for options in asked}) > 1:
+    if reply_format is ReplyFormat.NPY and len({_map_axes(options) for options in asked}) > 1:
         raise InvalidOption(f"got different numbers of targets for one array of {reply_format}; the same number is accepted")
+    if reply_format is ReplyFormat.PNG and len({options.style for options in asked}) > 1:
+        raise InvalidOption("got different options of drawing for one picture; the same for all instances are accepted")
     return Request(parts, reply_format, listed=True)
 
 

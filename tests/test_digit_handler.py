@@ -345,7 +345,7 @@ def test_each_of_several_pictures_gets_the_answer_that_it_gets_alone(handler: Di
     for prediction, explanation, single in zip(several["predictions"], several["explanations"], singles, strict=True):
         assert_close(explanation, single.pop("explanation"))
         assert prediction.pop("preparation") == {"source": "uint8 array, 0-255", "steps": [], "inverted": False}
-        assert single.pop("preparation") == {"source": "PNG image", "steps": []}
+        assert single.pop("preparation") == {"source": "PNG image", "steps": [], "inverted": False}
         assert_close(prediction, single)
 
 
@@ -495,6 +495,7 @@ def test_describe_request_of_torchserve_gets_the_description(handler: DigitHandl
     assert description["methods"] == description["options"]["method"]["accepted"]
     assert description["limits"] == {
         "pictures_a_request": 1024,
+        "prepared_pictures_a_request": 64,
         "maps_a_request": 1024,
         "image_pixels_a_request": 16_000_000,
         "image_map_numbers_a_request": 1_440_000,

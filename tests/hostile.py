@@ -1,0 +1,95 @@
+"""Requests as an attacker would send them: how fuzzers turn bytes into rows, and what every row must come to."""
+
+import base64
+import json
+import struct
+from io import BytesIO
+
+import numpy as np
+from PIL import Image
+
+from handler.decode import ACCEPTED_FORMATS
+from handler.errors import ClientError
+from handler.prepare import prepare_pictures
+from handler.request import parse_request
+from tests.conftest import DIGIT_FILES
+
+CLASS_COUNT, HEIGHT, WIDTH = 10, 28, 28
+DOORS = 5
+
+Row = dict[str, object]
+
+
+def row_of(content: bytes) -> tuple[Row, dict[str, str]]:
+    """Make a TorchServe row of any bytes. The first byte chooses how they arrive."""
+    door, body = (content[0] % DOORS, content[1:]) if content else (0, b"")
+    if door == 0:
+        return {"body": bytearray(body)}, {}
+    if door == 1:
+        return {"body": bytearray(body)}, {"Content-Type": "application/json", "explain": "True"}
+    if door == 2:
+        return {"data": bytearray(body), "target": bytearray(body[:8])}, {"explain": "True"}
+    if door == 3:
+        return {"body": {"data": base64.b64encode(body).decode(), "prepare": "auto"}}, {"Accept": "image/png", "explain": "True"}
+    text = body.decode("latin-1")
+    return {"body": bytearray(body)}, {"X-Saliency-Target": text[:20], "Accept": text[20:60], "Content-Type": text[60:90]}
+
+
+def outcome_of(row: object, headers: dict[str, str]) -> str:
+    """Take a request as far as the network.
+
+    Returns:
+        "pixels", or the type of the client error.
+    Raises:
+        AssertionError: what came out is not what the network or a client may get.
+        Exception: anything but a client error is a defect.
+    """
+    try:
+        prepared = prepare_pictures(parse_request(row, headers, CLASS_COUNT), HEIGHT, WIDTH)
+    except ClientError as refused:
+        return _name_of(refused)
+    for question in prepared.questions:
+        assert question.pixels.shape == (HEIGHT, WIDTH)
+        assert question.pixels.dtype == np.float32
+        assert question.pixels.min() >= 0  # false for NaN as well
+        assert question.pixels.max() <= 1
+    return "pixels"
+
+
+def _name_of(refused: ClientError) -> str:
+    assert 400 <= refused.status < 500
+    assert refused.message.isascii()
+    assert refused.message.isprintable()
+    assert len(refused.message) < 2000
+    return type(refused).__name__
+
+
+def _seeds() -> list[bytes]:
+    """Well-formed requests of every kind, for fuzzers to spoil."""
+    with Image.open(DIGIT_FILES[0]) as image:
+        pictures = []
+        for image_format in ACCEPTED_FORMATS:
+            for mode in ("L", "RGB"):
+                content = BytesIO()
+                image.convert(mode).save(content, format=image_format)
+                pictures.append(content.getvalue())
+        levels = np.asarray(image)
+    for array in (levels, levels[None] / 255.0, levels[None, None].astype(np.int16)):
+        content = BytesIO()
+        np.save(content, array)
+        pictures.append(content.getvalue())
+    encoded = base64.b64encode(DIGIT_FILES[0].read_bytes()).decode()
+    nested = (levels // 64).tolist()
+    tensor = {"name": "image", "shape": [1, 28, 28], "datatype": "UINT8", "data": [nested]}
+    documents: list[object] = [
+        {"data": encoded, "target": [1, "predicted"], "encoding": "base64"},
+        {"data": nested, "prepare": "none"},
+        {"instances": [{"data": encoded, "target": "all"}, {"data": nested}], "parameters": {"explain": True}},
+        {"id": "1", "inputs": [tensor], "outputs": [{"name": "digit"}]},
+        {"inputs": [{"name": "image", "shape": [-1], "datatype": "BYTES", "data": [encoded]}]},
+    ]
+    bodies = pictures + [json.dumps(document).encode() for document in documents]
+    return [struct.pack("B", door) + body for body in bodies for door in range(DOORS)]
+
+
+SEEDS = _seeds()
