@@ -8,7 +8,7 @@ SOURCES := $(wildcard handler/*.py model/network.py) model/weights.safetensors s
            scripts/package.py scripts/prove_archive.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format package accuracy train digits picture lock clean
+.PHONY: help setup serve test lint format package accuracy fuzz train digits picture lock clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -33,10 +33,14 @@ format: .venv/.installed-dev ## let ruff lay out the code
 
 package: build/digits.mar ## build build/digits.mar
 
-accuracy: build/digits.mar ## send MNIST's 10,000 test images through HTTP; DATA_DIR=... where they are there already
+accuracy: build/digits.mar ## send MNIST's test images through HTTP, plain and as photographs; DATA_DIR=... where they are
 	$(BIN)/python -m scripts.accuracy --data-dir $(DATA_DIR) $(ARGS)
 
-train: .venv/.installed ## train the network again (15 minutes on two cores); DATA_DIR=...
+fuzz: .venv/.installed-dev ## fuzz the path of a request for ten minutes, guided by coverage; ARGS="--seconds 60"
+	$(PIP) install atheris==3.0.0
+	$(BIN)/python -m tests.fuzz $(ARGS)
+
+train: .venv/.installed ## train the network again (20 minutes on two cores); DATA_DIR=...
 	$(BIN)/python -m model.train --data-dir $(DATA_DIR) $(ARGS)
 
 digits: .venv/.installed ## draw the test digits again
