@@ -18,6 +18,11 @@ from handler.errors import ImageTooLarge, InvalidPixel, UnreadableImage, WrongSh
 ACCEPTED_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")  # no other decoder of Pillow's is ever tried
 MAX_PIXELS = 16_000_000  # 4000 x 4000; read from the header, before any pixel is allocated
 
+# A progressive JPEG may have any number of scans, and each costs a pass over all pixels, however few bytes it has. Encoders write
+# about ten.
+MAX_JPEG_SCANS = 100
+JPEG_SCAN_MARKER = b"\xff\xda"  # among compressed data it cannot occur: there 0xff is followed by 0x00
+
 # Pillow's own guard, for sizes that only show while it decodes (a GIF frame larger than its screen). It raises at twice this.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
 
@@ -65,6 +70,8 @@ def decode_image(content: bytes, budget: PixelBudget | None = None) -> Picture:
         UnreadableImage: no image of an accepted format, or a damaged one.
         ImageTooLarge: its header declares more than the budget's pixels.
     """
+    if content.count(JPEG_SCAN_MARKER) > MAX_JPEG_SCANS and content.startswith(b"\xff\xd8"):
+        raise UnreadableImage(f"got a JPEG of more than {MAX_JPEG_SCANS} scans; up to that are accepted")
     try:
         with (
             warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning),  # from half of its limit
@@ -107,9 +114,10 @@ def _scale_deep(levels: NDArray[np.float32], full_scale: int | None) -> NDArray[
 
 def _lay_over_paper(image: Image.Image) -> Image.Image:
     """Lay a transparent picture over white paper, or over black where what is drawn is itself bright."""
-    red, green, blue, alpha = (np.asarray(band, dtype=np.float32) for band in image.split())
-    drawn = alpha.sum()
-    brightness = float(((red + green + blue) * alpha).sum() / (3 * 255 * drawn)) if drawn else 0.0
+    small = image.reduce(max(1, max(image.size) // 256))
+    levels, alpha = (np.asarray(band, dtype=np.float32) for band in (small.convert("L"), small.getchannel("A")))
+    drawn = float(alpha.sum())
+    brightness = float((levels * alpha).sum()) / (255 * drawn) if drawn else 0.0
     paper = Image.new("RGBA", image.size, "black" if brightness > 0.5 and alpha.min() == 0 else "white")
     return Image.alpha_composite(paper, image)
 

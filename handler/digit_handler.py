@@ -5,6 +5,7 @@ whether it is a prediction or an explanation, of which classes, in which format,
 """
 
 import logging
+import os
 import traceback
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -117,7 +118,9 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 logits, explanations = predict_and_explain(self.model, torch.from_numpy(pixels).to(self.device), targets)
                 yield from zip(logits.cpu(), explanations, strict=True)
             except Exception as error:  # noqa: BLE001  # answered in this API's own form
-                yield from [_internal_error(error)] * len(part)
+                failure = _internal_error(error)
+                _leave_with_a_lost_gpu(self.device)
+                yield from [failure] * len(part)
 
     def _render(self, prepared: Prepared, inferred: Sequence[Inferred | InternalError]) -> Reply:
         """Write the reply to one request. An error is this row's alone, whatever it is."""
@@ -143,6 +146,21 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 saliency, picture = question.preparation.pull_back(saliency), question.sent
             maps = Maps(explanation.classes, saliency)
         return Result(question.options, logits.numpy(), maps, question.describe_preparation(), picture)
+
+
+def _leave_with_a_lost_gpu(device: torch.device) -> None:
+    """End this process where its GPU no longer works, so that TorchServe starts another in its place.
+
+    After some CUDA errors (an illegal address, a card that fell off the bus) every later call of the process fails too. Running
+    out of memory is none of these.
+    """
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except Exception as error:  # noqa: BLE001  # whatever it is, the GPU did not do the least that it can do
+        logger.critical("%s does not work any more (%s): this worker ends", device, type(error).__name__)
+        os._exit(1)  # sys.exit would only reach TorchServe's own handlers
 
 
 def _internal_error(error: Exception) -> InternalError:

@@ -190,6 +190,14 @@ def test_numbers_of_another_shape_are_refused(rows: list[object], shape: str) ->
         decode_numbers(rows, 28, 28)
 
 
+def test_jpeg_of_very_many_scans_is_refused() -> None:
+    """Each scan is a pass over all pixels, and takes a few bytes: a small file could hold a worker for hours."""
+    scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00\x00"
+    decode_image(GOOD_JPEG)
+    with pytest.raises(UnreadableImage, match="got a JPEG of more than 100 scans"):
+        decode_image(GOOD_JPEG[:-2] + 100 * scan + GOOD_JPEG[-2:])
+
+
 def test_foreign_errors_are_chained() -> None:
     with pytest.raises(ClientError) as caught:
         decode_image(GOOD_PNG[:-40])

@@ -6,6 +6,7 @@ Here because a batch's make-up is certain here. The same through a real server i
 import base64
 import io
 import json
+import os
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -249,6 +250,23 @@ def test_network_that_returns_nan_gives_500_and_no_nan(handler: DigitHandler, tm
     for status, _, body in answer(handler, MIXED[:2], tmp_path / "unpacked"):
         assert status == 500
         assert b"NaN" not in body
+
+
+@pytest.mark.parametrize(("is_lost", "exit_codes"), [(True, [1]), (False, [])], ids=["lost", "out of memory"])
+def test_worker_ends_where_its_gpu_is_lost(monkeypatch: pytest.MonkeyPatch, is_lost: bool, exit_codes: list[int]) -> None:
+    """A GPU cannot be lost on purpose, least of all where there is none: PyTorch's answer and the exit are played here."""
+    exits: list[int] = []
+
+    def synchronize(_device: torch.device) -> None:
+        if is_lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    handler_module._leave_with_a_lost_gpu(torch.device("cpu"))
+    assert exits == []
+    handler_module._leave_with_a_lost_gpu(torch.device("cuda:0"))
+    assert exits == exit_codes
 
 
 def test_headers_of_a_reply_are_what_torchserve_can_send(handler: DigitHandler, tmp_path: Path) -> None:
