@@ -8,6 +8,7 @@ Everything that is looked for (where the ink is, how bright the paper, which way
 What comes out is one affine map of the picture's grey levels, `Preparation`, whose transpose carries gradients back.
 """
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +28,7 @@ CLOSE_UP_MARGIN = 0.4  # of the ink's size, on each side, when it is looked at c
 PAPER_WINDOW = 0.4  # of the shorter side: wider than any stroke, narrower than most shadows
 PAPER_WINDOW_STROKES = 3.0  # widths of the stroke, once that is known: narrower shadows are seen through then
 POLARITY_WINDOWS = (0.25, 0.6)  # of the shorter side: around fine strokes, and around bold ones
+DARK_PAPER = 0.3  # median of a canonical picture's margin, at most
 CLEAN_PAPER = 0.95  # a picture of the network's size with such a margin all around is only inverted
 WEAK_INK, STRONG_INK = 0.35, 0.55  # of the strongest contrast: ink is weak pixels that touch a strong one
 MIN_CONTRAST = 0.04  # of the grey scale: less is no ink
@@ -120,8 +122,9 @@ def prepare(grey: Array, height: int, width: int) -> Preparation:
     view = _View.of(grey)
     ink = _find_ink(view)
     if max(ink.size) < DETAILED_INK_SIZE and view.shrinks:
-        view = _View.of(grey, view.region_around(ink.box))
-        ink = _find_ink(view)
+        close_up = _View.of(grey, view.region_around(ink.box))
+        with contextlib.suppress(BlankPicture):  # what looked like ink from afar may dissolve; then it stays as it was seen
+            view, ink = close_up, _find_ink(close_up)
     return _place(view, ink, height, width)
 
 
@@ -131,7 +134,7 @@ def _is_canonical(grey: Array, height: int, width: int) -> bool:
         return False
     if grey.min() == grey.max():
         raise BlankPicture("got a picture of one single grey level; a digit that differs from its paper is accepted")
-    return bool(np.median(_margin(grey)) < 0.3 and np.median(grey) < 0.5)
+    return bool(np.median(_margin(grey)) < DARK_PAPER and np.median(grey) < 0.5)
 
 
 def _margin(grey: Array) -> Array:
@@ -265,9 +268,8 @@ def _find_ink_with(working: Array, smooth: Array, sign: int, window: float) -> _
 def _polarity(smooth: Array) -> int:
     """1 for bright ink on dark paper, -1 for dark on bright. Ink is the rarer of the two, so it gives the longer tail."""
     margin = max(smooth.shape) // 6
-    padded = np.pad(
-        smooth, margin, constant_values=float(np.median(_margin(smooth)))
-    )  # paper around a digit that fills its picture
+    paper = float(np.median(_margin(smooth)))
+    padded = np.pad(smooth, margin, constant_values=paper)  # around a digit that fills its picture
     skewness = 0.0
     for share in POLARITY_WINDOWS:
         local_mean = ndimage.uniform_filter(padded, int(share * min(smooth.shape)) | 1, mode="nearest")
@@ -320,6 +322,8 @@ def _place(view: _View, ink: _Ink, height: int, width: int) -> Preparation:
     clean = np.where(near & ~ink.others, np.clip(ink.contrast, 0, None), 0).astype(np.float32)
     ys, xs = np.indices(clean.shape)
     weights = np.where(ink.mask, clean, 0)
+    if not weights.any():
+        raise BlankPicture("got a picture whose ink is no different from its paper; a digit is accepted")
     centre_y, centre_x = (float((axis * weights).sum() / weights.sum()) + 0.5 for axis in (ys, xs))
 
     thickness = ink.thickness * scale
@@ -327,7 +331,7 @@ def _place(view: _View, ink: _Ink, height: int, width: int) -> Preparation:
     place_y = _placement(clean.shape[0], ink.box[1], ink.box[3], centre_y, scale, height, softness)
     place_x = _placement(clean.shape[1], ink.box[0], ink.box[2], centre_x, scale, width, softness)
     placed: Array = np.asarray(place_y @ clean @ place_x.T, dtype=np.float32)
-    inked = placed[placed > 0.35 * placed.max()]
+    inked = placed[placed > WEAK_INK * placed.max()]
     gain = 1 / float(np.percentile(inked, FULL_INK_PERCENTILE))
     pixels = np.asarray(np.clip(placed * gain, 0, 1), dtype=np.float32)
 
