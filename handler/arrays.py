@@ -127,7 +127,7 @@ def _read_pixels(values: NDArray[Any], limit: int, source: str) -> list[Picture 
     """
     bad = ~((values >= 0) & (values <= limit))  # NaN is in no range
     bad_pictures = set(np.flatnonzero(bad.any(axis=(1, 2))).tolist())
-    with np.errstate(over="ignore"):  # of bad pixels
+    with np.errstate(over="ignore", invalid="ignore"):  # of bad pixels
         grey = values.astype(np.float32) / np.float32(limit if limit == 1 else 255)  # (N, H, W)
     return [
         _bad_pixel(values[index], bad[index], limit) if index in bad_pictures else Picture(pixels, source, is_canonical=True)

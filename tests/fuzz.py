@@ -8,6 +8,7 @@ MAX_SECONDS; anything else is written to build/fuzz/crash-* and ends the run. Ne
 
 import argparse
 import collections
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run_until_deadline(content: bytes) -> None:
         if time.monotonic() > deadline:
             print(fuzzer.report(), flush=True)
-            sys.exit(0)
+            os._exit(0)  # libFuzzer takes any other exit for a crash
         fuzzer.run(content)
 
     options = ["-max_len=65536", f"-artifact_prefix={FOLDER}/", "-print_final_stats=0", "-rss_limit_mb=4096", str(corpus)]
