@@ -15,11 +15,12 @@ MAX_ROTATION_RADIANS = math.radians(10)
 MAX_SCALE_LOG = math.log(1.12)  # each axis between 1/1.12 and 1.12
 MAX_SHEAR = 0.15  # tangent of the slant
 MAX_STROKE_BLEND = 0.6  # 0 leaves the stroke, 1 is one whole pixel of dilation or erosion on each side
-CAMERA_SHARE = 0.2  # share of rows that get each of: blur, coarse pixels, another contrast
+CAMERA_SHARE = 0.1  # share of rows that get each of: blur, coarse pixels, another contrast
 MAX_GAMMA_LOG = math.log(1.5)
-BROKEN_SHARE = 0.08  # share of rows that lose pixels, as worn strokes do; more would make deleted pixels cost too little
+BROKEN_SHARE = 0.01  # share of rows that lose pixels, as worn strokes do; more would make deleted pixels cost too little
 MAX_BROKEN = 0.5  # share of the pixels that such a row loses at most
-MAX_NOISE_STD = 0.2  # in intensity, for every row: it smooths the scores, and so the gradients, around a picture
+NOISY_SHARE = 0.4  # share of rows with noise: it smooths the scores, and so the gradients, around a picture
+MAX_NOISE_STD = 0.2  # in intensity
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -68,7 +69,7 @@ def _vary_stroke(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tens
 
 
 def _photograph(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Blur, coarsen, change the contrast of and break the strokes of some rows; add noise to all."""
+    """Blur, coarsen, change the contrast of, break the strokes of and add noise to some of the rows."""
     rows, _, height, width = pixels.shape
 
     def chosen(share: float = CAMERA_SHARE) -> torch.Tensor:
@@ -83,4 +84,5 @@ def _photograph(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     lost = torch.rand(pixels.shape, generator=generator) < torch.rand(rows, 1, 1, 1, generator=generator) * MAX_BROKEN
     pixels = torch.where(chosen(BROKEN_SHARE) & lost, 0, pixels)
     noise_std = torch.rand(rows, 1, 1, 1, generator=generator) * MAX_NOISE_STD
-    return pixels + torch.randn(pixels.shape, generator=generator) * noise_std  # not clamped: a clamp's mean is not zero on paper
+    noise = torch.randn(pixels.shape, generator=generator) * noise_std  # not clamped: on paper a clamp's mean is not zero
+    return torch.where(chosen(NOISY_SHARE), pixels + noise, pixels)
