@@ -118,7 +118,9 @@ def test_document_and_code_accept_the_same_values(name: str) -> None:
         assert schema.is_valid(value) == accepts(name, value), value
 
 
-@pytest.mark.parametrize("text", ["3", "3,9", "all", "predicted", "3,predicted", "10", "-1", "", "3,", "all,3", "3.5", "0" + ",1" * 10])
+@pytest.mark.parametrize(
+    "text", ["3", "3,9", "all", "predicted", "3,predicted", "10", "-1", "", "3,", "all,3", "3.5", "0" + ",1" * 10]
+)
 def test_document_and_code_accept_the_same_targets_in_a_header(text: str) -> None:
     assert validator_of("#/components/schemas/TargetText").is_valid(text) == accepts("target", text)
 
@@ -151,6 +153,8 @@ def test_reply_formats_are_those_of_the_code() -> None:
 def test_tensors_are_those_of_the_code() -> None:
     assert schema_named("OutputName")["enum"] == [*PREDICTION_OUTPUTS, *EXPLANATION_OUTPUTS]
     assert schema_named("Datatype")["enum"] == [BYTES, *NUMPY_TYPES]
+    assert schema_named("BytesTensor")["properties"]["datatype"]["const"] == BYTES
+    assert schema_named("NumberTensor")["properties"]["datatype"]["enum"] == list(NUMPY_TYPES)
 
 
 def test_description_of_the_service_has_its_schema() -> None:
