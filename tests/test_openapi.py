@@ -25,11 +25,13 @@ REPLY_HEADERS = resolve(DOCUMENT["components"]["responses"]["Answer"])["headers"
 
 
 def schema_named(name: str) -> dict[str, Any]:
-    return schema_at(f"#/components/schemas/{name}")
+    schema: dict[str, Any] = schema_at(f"#/components/schemas/{name}")
+    return schema
 
 
 def option_schema(name: str) -> dict[str, Any]:
-    return resolve(schema_named("Options")["properties"][name])
+    schema: dict[str, Any] = resolve(schema_named("Options")["properties"][name])
+    return schema
 
 
 def error_types() -> dict[str, int]:
@@ -42,7 +44,7 @@ def error_types() -> dict[str, int]:
 
 
 def documented_error_types() -> dict[str, int]:
-    found = {}
+    found: dict[str, int] = {}
     for name, schema in DOCUMENT["components"]["schemas"].items():
         if name.endswith("Error") and name not in ("Error", "FrontendError"):
             error = schema["properties"]["error"]["properties"]
