@@ -1,0 +1,99 @@
+"""The API's description against a real TorchServe: its examples, and requests of all kinds that schemathesis makes of it."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from scripts.package import ROOT
+from scripts.serve import TorchServe
+from tests.e2e.conftest import TIMEOUT_S, Sample
+from tests.e2e.test_api import ERRORS, Arguments, ask, explain
+from tests.openapi import DOCUMENT, DOCUMENT_FILE, ExampleRequest, example_requests, validate_reply
+
+EXAMPLES = list(example_requests())
+MAX_EXAMPLES = 60  # for each route
+RUN_TIMEOUT_S = 300
+
+
+@pytest.fixture(autouse=True)
+def same_workers(worker_pids: Callable[[], list[int]]) -> Iterator[None]:
+    """Nothing that is sent here may restart a worker."""
+    before = worker_pids()
+    yield
+    assert worker_pids() == before
+
+
+@pytest.mark.parametrize("example", [example for _, example in EXAMPLES], ids=[name for name, _ in EXAMPLES])
+def test_example_request_is_answered_as_described(server: TorchServe, example: ExampleRequest) -> None:
+    reply = ask(server, {"route": example.path} | example.arguments())
+    assert reply.status_code == 200, reply.text
+    validate_reply(example.path, "post", reply)
+
+
+@pytest.mark.parametrize("accept", ["application/json", "application/x-npy", "image/png"])
+@pytest.mark.parametrize("path", [path for path in DOCUMENT["paths"] if path.endswith("explain") or "/explanations" in path])
+def test_every_reply_format_is_as_described(server: TorchServe, path: str, accept: str) -> None:
+    (example, *_) = [found for _, found in EXAMPLES if found.path == path and found.media_type == "application/json"]
+    content = {key: value for key, value in dict(example.content).items() if key != "outputs"}  # type: ignore[arg-type]
+    reply = ask(server, {"route": path, "json": content, "headers": {"Accept": accept}})
+    assert (reply.status_code, reply.headers["Content-Type"]) == (200, accept)
+    validate_reply(path, "post", reply)
+    described = DOCUMENT["components"]["responses"]["Answer"]["headers"]
+    assert all((name in reply.headers) == (accept != "application/json") for name in described)
+
+
+@pytest.mark.parametrize(("make", "status", "kind"), ERRORS)
+def test_error_is_as_described(
+    server: TorchServe, samples: list[Sample], make: Callable[[Sample], Arguments], status: int, kind: str
+) -> None:
+    reply = ask(server, make(samples[0]))
+    assert (reply.status_code, reply.json()["error"]["type"]) == (status, kind)
+    validate_reply("/explanations/digits", "post", reply)
+
+
+def test_refusal_of_a_large_body_is_as_described(server: TorchServe) -> None:
+    reply = ask(server, explain(data=bytes(34_000_000), headers={"Content-Type": "image/png"}))
+    assert (reply.status_code, reply.content) == (413, b"")
+    assert "without content" in DOCUMENT["components"]["responses"]["TooLarge"]["description"]
+
+
+def test_refusal_of_a_form_by_the_frontend_is_as_described(server: TorchServe) -> None:
+    """The one kind of request that tests/api_hooks.py leaves out. Should TorchServe answer it in another way, it need not."""
+    form = b'--x\r\nContent-Disposition: form-data; name=""\r\n\r\n1\r\n--x--\r\n'
+    reply = ask(server, explain(data=form, headers={"Content-Type": "multipart/form-data; boundary=x"}))
+    assert reply.status_code == 500
+    described = DOCUMENT["components"]["responses"]["Defect"]["content"]["application/json"]["examples"]
+    assert reply.json() == described["form with a field without a name"]["value"]
+    validate_reply("/explanations/digits", "post", reply)
+
+
+@pytest.mark.parametrize("path", ["/ping", "/models/digits"])
+def test_service_s_own_routes_are_as_described(server: TorchServe, path: str) -> None:
+    address: dict[str, Any] = {"/ping": server.address, "/models/digits": server.management_address}
+    reply = requests.get(f"{address[path]}{path}?customized=true", timeout=TIMEOUT_S)
+    assert reply.status_code == 200
+    validate_reply(path, "get", reply)
+
+
+def test_requests_of_all_kinds_are_answered_as_described(server: TorchServe) -> None:
+    """Good and bad ones, the same on every run; schemathesis.toml says how they are made and what is checked."""
+    command = [Path(sys.executable).with_name("schemathesis"), "run", DOCUMENT_FILE, "--url", server.address]
+    command += ["--phases", "examples,fuzzing", "--max-examples", MAX_EXAMPLES, "--no-color"]
+    run = subprocess.run(
+        [str(part) for part in command],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=RUN_TIMEOUT_S,
+    )
+    assert run.returncode == 0, run.stdout[-20_000:] + run.stderr
+    counts = re.search(r"(\d+) generated, (\d+) passed", run.stdout)
+    assert counts is not None, run.stdout
+    assert int(counts[1]) == int(counts[2]) > 4 * MAX_EXAMPLES, "too few requests were made"

@@ -1,0 +1,234 @@
+"""The API's description is valid OpenAPI 3.1, and says what the handler's own tables say, and the README."""
+
+import re
+import tomllib
+from typing import Any
+
+import jsonschema_rs
+import pytest
+import schemathesis
+
+from handler.decode import ACCEPTED_FORMATS, MAX_PIXELS
+from handler.describe import describe_service
+from handler.errors import ClientError, ServiceError
+from handler.kserve import BYTES, EXPLANATION_OUTPUTS, MAX_ID_CHARACTERS, MAX_PICTURES, NUMPY_TYPES, PREDICTION_OUTPUTS
+from handler.request import HEADER_PREFIX, OPTION_PARSERS, PICTURE_FIELDS, ReplyFormat
+from scripts.package import ROOT
+from tests.openapi import DOCUMENT, DOCUMENT_FILE, example_replies, resolve, schema_at, validator_of
+
+CLASS_COUNT = 10
+DESCRIPTION = describe_service({"name": "digits", "version": "1.0", "weights_sha256": "0" * 64}, 28, 28, CLASS_COUNT)
+README = (ROOT / "README.md").read_text()
+README_API = README.partition("\n## API\n")[2].partition("\n## What the numbers mean")[0]
+HEADERS = {parameter["name"]: parameter for parameter in DOCUMENT["components"]["parameters"].values()}
+REPLY_HEADERS = resolve(DOCUMENT["components"]["responses"]["Answer"])["headers"]
+
+
+def schema_named(name: str) -> dict[str, Any]:
+    schema: dict[str, Any] = schema_at(f"#/components/schemas/{name}")
+    return schema
+
+
+def option_schema(name: str) -> dict[str, Any]:
+    schema: dict[str, Any] = resolve(schema_named("Options")["properties"][name])
+    return schema
+
+
+def error_types() -> dict[str, int]:
+    """What the code can answer: type and status."""
+
+    def below(parent: type[ServiceError]) -> list[type[ServiceError]]:
+        return [found for child in parent.__subclasses__() for found in (child, *below(child))]
+
+    return {error.__name__: error.status for error in below(ServiceError) if error is not ClientError}
+
+
+def documented_error_types() -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, schema in DOCUMENT["components"]["schemas"].items():
+        if name.endswith("Error") and name not in ("Error", "FrontendError"):
+            error = schema["properties"]["error"]["properties"]
+            found |= dict.fromkeys(error["type"]["enum"], error["code"]["const"])
+    return found
+
+
+def test_document_is_valid_openapi() -> None:
+    assert DOCUMENT["openapi"].startswith("3.1.")
+    schemathesis.openapi.from_path(DOCUMENT_FILE).validate()
+
+
+@pytest.mark.parametrize("name", DOCUMENT["components"]["schemas"])
+def test_schema_is_valid_json_schema(name: str) -> None:
+    jsonschema_rs.meta.validate(schema_named(name))
+    validator_of(f"#/components/schemas/{name}")  # follows its references
+
+
+def test_version_is_the_project_s() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert (DOCUMENT["info"]["title"], DOCUMENT["info"]["version"]) == (project["name"], project["version"])
+
+
+# --- options
+
+
+def test_every_option_is_a_field_and_a_header() -> None:
+    assert list(schema_named("Options")["properties"]) == list(OPTION_PARSERS)
+    assert list(schema_named("Form")["properties"]) == [*PICTURE_FIELDS, *OPTION_PARSERS]
+    assert [name.lower() for name in HEADERS] == [HEADER_PREFIX + name.replace("_", "-") for name in OPTION_PARSERS]
+    for path in DOCUMENT["paths"].values():
+        if "post" in path:
+            assert [resolve(parameter) for parameter in path["parameters"]] == list(HEADERS.values())
+
+
+@pytest.mark.parametrize("name", OPTION_PARSERS)
+def test_option_has_the_default_and_the_values_of_the_code(name: str) -> None:
+    schema, described = option_schema(name), DESCRIPTION["options"][name]
+    assert schema["default"] == described["default"]
+    if "enum" in schema:
+        assert schema["enum"] == described["accepted"]
+    elif schema.get("type") == "boolean":
+        assert described["accepted"] == [True, False]
+    elif "minimum" in schema:
+        kind = {"integer": "an integer", "number": "a number"}[schema["type"]]
+        assert described["accepted"] == [f"{kind} from {schema['minimum']} to {schema['maximum']}"]
+    else:
+        assert name == "target"
+
+
+CANDIDATES: list[Any] = [
+    *(True, False, None, "", "true", "yes", "all", "predicted", "auto", "none", "nested", "base64", "canonical", "image"),
+    *("gradient", "magic", "signed", "absolute", "RdBu_r", "rdbu_r", "viridis", "map", "overlay", "side_by_side"),
+    *(-1, 0, 9, 10, 27, 28, 49, 50, 99.5, 100, 101, 2048, 2049, 3.5),
+    *([], [3], [3, "predicted"], [3, 10], ["all"], [0] * 10, [0] * 11, {}),
+]
+
+
+def accepts(name: str, value: Any) -> bool:
+    try:
+        OPTION_PARSERS[name](name, value, CLASS_COUNT)
+    except ClientError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", OPTION_PARSERS)
+def test_document_and_code_accept_the_same_values(name: str) -> None:
+    """But for flags as text, which the code takes in JSON too."""
+    schema = validator_of(f"#/components/schemas/Options/properties/{name}")
+    candidates = [value for value in CANDIDATES if not (name == "explain" and isinstance(value, str))]
+    for value in candidates:
+        assert schema.is_valid(value) == accepts(name, value), value
+
+
+@pytest.mark.parametrize(
+    "text", ["3", "3,9", "all", "predicted", "3,predicted", "10", "-1", "", "3,", "all,3", "3.5", "0" + ",1" * 10]
+)
+def test_document_and_code_accept_the_same_targets_in_a_header(text: str) -> None:
+    assert validator_of("#/components/schemas/TargetText").is_valid(text) == accepts("target", text)
+
+
+# --- limits, formats, tensors
+
+
+def test_limits_are_those_of_the_code() -> None:
+    assert DOCUMENT["x-limits"] == DESCRIPTION["limits"]
+    instances = schema_named("InstancesBody")["properties"]["instances"]
+    replies = schema_named("PredictionList")["properties"]
+    assert {instances["maxItems"], replies["predictions"]["maxItems"], replies["explanations"]["maxItems"]} == {MAX_PICTURES}
+    assert schema_named("InferBody")["properties"]["id"]["maxLength"] == MAX_ID_CHARACTERS
+    assert f"{MAX_PIXELS:,} pixels" in schema_named("ImageFile")["description"]
+
+
+def test_image_formats_are_those_of_the_code() -> None:
+    for text in (DOCUMENT["info"]["description"], schema_named("ImageFile")["description"]):
+        assert all(image_format in text.upper() for image_format in ACCEPTED_FORMATS)
+    assert schema_named("Description")["properties"]["image_formats"]["items"]["enum"] == list(ACCEPTED_FORMATS)
+
+
+def test_reply_formats_are_those_of_the_code() -> None:
+    assert schema_named("Description")["properties"]["reply_formats"]["items"]["enum"] == list(ReplyFormat)
+    for path in DOCUMENT["paths"].values():
+        if "post" in path:
+            assert list(resolve(path["post"]["responses"]["200"])["content"]) == list(ReplyFormat)
+
+
+def test_tensors_are_those_of_the_code() -> None:
+    assert schema_named("OutputName")["enum"] == [*PREDICTION_OUTPUTS, *EXPLANATION_OUTPUTS]
+    assert schema_named("Datatype")["enum"] == [BYTES, *NUMPY_TYPES]
+    assert schema_named("BytesTensor")["properties"]["datatype"]["const"] == BYTES
+    assert schema_named("NumberTensor")["properties"]["datatype"]["enum"] == list(NUMPY_TYPES)
+
+
+def test_description_of_the_service_has_its_schema() -> None:
+    validator_of("#/components/schemas/Description").validate(DESCRIPTION)
+
+
+# --- errors
+
+
+def test_error_types_and_statuses_are_those_of_the_code() -> None:
+    assert documented_error_types() == error_types()
+
+
+def test_every_operation_answers_with_every_status_of_the_code() -> None:
+    statuses = {str(status) for status in error_types().values()}
+    for path in DOCUMENT["paths"].values():
+        if "post" in path:
+            assert statuses <= path["post"]["responses"].keys()
+
+
+# --- examples of replies
+
+
+@pytest.mark.parametrize(("schema", "example"), example_replies())
+def test_example_reply_has_its_schema(schema: str, example: Any) -> None:
+    validator_of(schema).validate(example)
+
+
+def test_every_status_has_an_example_reply() -> None:
+    for response in DOCUMENT["components"]["responses"].values():
+        assert response["content"]["application/json"]["examples"]
+
+
+# --- the README
+
+
+def readme_rows(columns: int) -> list[list[str]]:
+    rows = [line.strip("|").split(" | ") for line in README_API.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in row] for row in rows if len(row) == columns]
+
+
+def test_readme_has_the_same_options_and_headers() -> None:
+    options, headers = set(), set()
+    for _, field, header, _ in readme_rows(4):
+        options |= set(re.findall(r"^`([a-z_]+)`", field))
+        headers |= set(re.findall(r"^`(X-Saliency-[A-Za-z-]+)", header))
+    assert options == set(OPTION_PARSERS)
+    assert headers == set(HEADERS)
+    assert set(re.findall(r"`(X-[A-Z][A-Za-z-]+)", README_API)) == set(HEADERS) | set(REPLY_HEADERS)
+
+
+@pytest.mark.parametrize("name", [name for name in OPTION_PARSERS if "enum" in option_schema(name)])
+def test_readme_has_the_same_values_and_default(name: str) -> None:
+    (row,) = [row for row in readme_rows(4) if row[1].startswith(f"`{name}`")]
+    assert re.findall(r'`"(\w+)"`', row[1]) == option_schema(name)["enum"]
+    assert row[3].strip('`"') == option_schema(name)["default"]
+
+
+def test_readme_has_the_same_errors() -> None:
+    rows = [row for row in readme_rows(3) if row[0].isdigit()]
+    found = {name: int(status) for status, names, _ in rows for name in re.findall(r"`(\w+)`", names)}
+    assert found == documented_error_types()
+
+
+def test_readme_has_the_same_routes() -> None:
+    found = set()
+    for route, *_ in readme_rows(2):
+        if route.startswith(("`POST /", "`GET ")):
+            first, *others = re.findall(r"`(?:POST |GET )?(?::8081)?([^`?]+)[^`]*`", route)
+            found |= {first, *(re.sub(rf"{other[0]}\w+$", other, first) for other in others)}
+    assert found == set(DOCUMENT["paths"])
+
+
+def test_document_is_named_in_the_readme() -> None:
+    assert "serve_config/openapi.yaml" in README_API
