@@ -14,12 +14,12 @@ MAX_SHIFT_PIXELS = 1.0
 MAX_ROTATION_RADIANS = math.radians(10)
 MAX_SCALE_LOG = math.log(1.12)  # each axis between 1/1.12 and 1.12
 MAX_SHEAR = 0.15  # tangent of the slant
-MAX_STROKE_BLEND = 0.6  # 0 leaves the stroke, 1 is one whole pixel of dilation or erosion on each side
-CAMERA_SHARE = 0.1  # share of rows that get each of: blur, coarse pixels, another contrast
+MAX_STROKE_BLEND = 0.5  # 0 leaves the stroke, 1 is one whole pixel of dilation or erosion on each side
+CAMERA_SHARE = 0.05  # share of rows that get each of: blur, coarse pixels, another contrast
 MAX_GAMMA_LOG = math.log(1.5)
 BROKEN_SHARE = 0.01  # share of rows that lose pixels, as worn strokes do; more would make deleted pixels cost too little
 MAX_BROKEN = 0.5  # share of the pixels that such a row loses at most
-NOISY_SHARE = 0.4  # share of rows with noise: it smooths the scores, and so the gradients, around a picture
+NOISY_SHARE = 0.1  # share of rows with noise: it smooths the scores, and so the gradients, around a picture
 MAX_NOISE_STD = 0.2  # in intensity
 
 
