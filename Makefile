@@ -40,7 +40,7 @@ fuzz: .venv/.installed-dev ## fuzz the path of a request for ten minutes, guided
 	$(PIP) install atheris==3.0.0
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-train: .venv/.installed ## train the network again (20 minutes on two cores); DATA_DIR=...
+train: .venv/.installed ## train the network again (about six minutes on two cores); DATA_DIR=...
 	$(BIN)/python -m model.train --data-dir $(DATA_DIR) $(ARGS)
 
 digits: .venv/.installed ## draw the test digits again
