@@ -4,6 +4,7 @@ The trust boundary: the input is hostile. Knows nothing of TorchServe, HTTP or t
 """
 
 import itertools
+import logging
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
@@ -22,6 +23,8 @@ MAX_PIXELS = 16_000_000  # 4000 x 4000; read from the header, before any pixel i
 # about ten.
 MAX_JPEG_SCANS = 100
 JPEG_SCAN_MARKER = b"\xff\xda"  # among compressed data it cannot occur: there 0xff is followed by 0x00
+
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # the reply says what is wrong with a file; the log need not
 
 # Pillow's own guard, for sizes that only show while it decodes (a GIF frame larger than its screen). It raises at twice this.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
