@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from handler.arrays import Pictures, decode_npy, decode_tensor
 from handler.canonical import Preparation, prepare, prepare_nothing, prepare_scaling
 from handler.decode import MAX_PIXELS, Picture, PixelBudget, decode_image, decode_numbers
-from handler.errors import ClientError, RequestTooLarge, WrongShape, join_errors
+from handler.errors import BlankPicture, ClientError, RequestTooLarge, WrongShape, join_errors
 from handler.kserve import MAX_PICTURES, Tensor
 from handler.request import NPY_MAGIC, Options, Payload, Prepare, ReplyFormat, Request, Space
 
@@ -24,7 +24,8 @@ MAX_MAPS = 1024
 # Numbers in all maps of a request in the pixels of its pictures, where the reply holds them: 1200 x 1200. As nested JSON they
 # have up to 20 MB. A reply that only draws them may have MAX_PIXELS.
 MAX_IMAGE_MAP_NUMBERS = 1_440_000
-# Pictures of a request in which the digit has to be looked for, which takes a CPU about 10 ms each. Canonical ones do not count.
+# Pictures of a request in which the digit has to be looked for, which takes a CPU about 10 ms each, found or not. Canonical ones
+# do not count.
 MAX_PREPARED_PICTURES = 64
 
 
@@ -95,7 +96,9 @@ def prepare_pictures(request: Request, height: int, width: int) -> Prepared:
     for picture, asked in zip(pictures, options, strict=True):
         question = _question(picture, asked, height, width)
         questions.append(question)
-        prepared_count += isinstance(question, Question) and question.preparation.ink_box is not None
+        prepared_count += isinstance(question, BlankPicture) or (
+            isinstance(question, Question) and question.preparation.ink_box is not None
+        )
         if prepared_count > MAX_PREPARED_PICTURES:
             raise RequestTooLarge(
                 f"got more than {MAX_PREPARED_PICTURES} pictures to prepare; up to that are accepted in one request, and up to "

@@ -1,7 +1,6 @@
 """The trust boundary: good pictures come out exact, hostile ones as client errors."""
 
 import struct
-import zlib
 from io import BytesIO
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 from handler.decode import ACCEPTED_FORMATS, MAX_PIXELS, decode_image, decode_numbers
 from handler.errors import ClientError, ImageTooLarge, InvalidPixel, UnreadableImage, WrongShape
 from tests.conftest import DIGIT_FILES
+from tests.hostile import png_header
 
 LOSSLESS = ("PNG", "GIF", "BMP", "TIFF")
 
@@ -19,16 +19,6 @@ def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
     content = BytesIO()
     image.save(content, format=image_format, **options)
     return content.getvalue()
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that declares a size and holds next to nothing."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("image_format", LOSSLESS)

@@ -487,6 +487,16 @@ def test_images_of_one_request_share_a_limit_of_pixels(handler: DigitHandler, tm
     assert "up to 16,000,000 pixels, in all images of a request together, are accepted" in error["message"]
 
 
+def test_blank_pictures_count_among_those_that_are_searched(handler: DigitHandler, tmp_path: Path) -> None:
+    """Looking for ink takes as long where there is none."""
+    file = io.BytesIO()
+    Image.new("L", (40, 40), 200).save(file, "PNG")
+    blank = base64.b64encode(file.getvalue()).decode()
+    batch: Batch = [({"body": {"instances": [blank] * count}}, {}) for count in (64, 65)]
+    statuses = [status for status, _, _ in answer(handler, batch, tmp_path / "unpacked")]
+    assert statuses == [422, 413]
+
+
 def test_npy_reply_of_many_pictures_has_no_long_headers(handler: DigitHandler, tmp_path: Path) -> None:
     headers = {"explain": "True", "Accept": "application/x-npy", "X-Saliency-Target": "3,5"}
     batch: Batch = [({"body": bytearray(npy(np.zeros((count, 28, 28))))}, headers) for count in (2, 100, 101)]

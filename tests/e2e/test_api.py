@@ -5,8 +5,6 @@ Answers are compared with an independent computation from the archive's weights 
 
 import base64
 import json
-import struct
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -22,6 +20,7 @@ from scripts.accuracy import count_right_answers
 from scripts.serve import TorchServe
 from tests.conftest import DIGIT_FILES, label_of
 from tests.e2e.conftest import BATCH_SIZE, TIMEOUT_S, Sample
+from tests.hostile import png_header
 
 ATOL = 5e-5  # float32 against float64
 
@@ -167,16 +166,6 @@ def test_explanation_of_a_blank_picture_is_finite(server: TorchServe) -> None:
 # --- errors
 
 
-def bomb() -> bytes:
-    """A PNG of 130 bytes that declares 4,225,000,000 pixels."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 65_000, 65_000, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
-
-
 def grid(value: object) -> list[list[object]]:
     rows: list[list[object]] = [[0.5] * 28 for _ in range(28)]
     rows[0][0] = value
@@ -207,7 +196,7 @@ ERRORS = [
     pytest.param(lambda s: explain(data=json.dumps({"data": grid(np.nan)}), headers=JSON), 400, "InvalidPixel", id="NaN"),
     pytest.param(lambda s: explain(data=json.dumps({"data": grid(np.inf)}), headers=JSON), 400, "InvalidPixel", id="infinity"),
     pytest.param(lambda s: explain(json={"data": grid("1")}), 400, "InvalidPixel", id="text among numbers"),
-    pytest.param(lambda s: explain(data=bomb()), 413, "ImageTooLarge", id="bomb"),
+    pytest.param(lambda s: explain(data=png_header(65_000, 65_000)), 413, "ImageTooLarge", id="bomb"),
     *(
         pytest.param(lambda s, t=t: explain(json={"data": base64_of(s), "target": t}), 400, "InvalidOption", id=f"target {t}")
         for t in (-1, 10, True, 3.5, "seven", [], [3, 10])
