@@ -487,7 +487,7 @@ def test_largest_drawing_of_noise_fits_into_a_reply() -> None:
 def test_same_input_gives_the_same_bytes(network: nn.Module, digit_batch: torch.Tensor) -> None:
     _, (explanation,) = predict_and_explain(network, digit_batch[:1], [tuple(range(10))])
     assert explanation is not None
-    row = Row(digit_batch[0, 0].numpy(), explanation.maps[:, 0].numpy(), explanation.classes)
+    row = Row(digit_batch[0, 0].numpy(), explanation.maps[:, 0], explanation.classes)
     for layout in Layout:
         assert draw([row], Style(layout=layout)) == draw([row], Style(layout=layout))
 
@@ -495,7 +495,7 @@ def test_same_input_gives_the_same_bytes(network: nn.Module, digit_batch: torch.
 def test_every_pixel_of_a_real_map_has_the_colour_of_its_sign(network: nn.Module, digit_batch: torch.Tensor) -> None:
     _, (explanation,) = predict_and_explain(network, digit_batch[:1], [(None,)])
     assert explanation is not None
-    saliency = explanation.maps[0, 0].numpy()
+    saliency = explanation.maps[0, 0]
     row = Row(digit_batch[0, 0].numpy(), saliency[None], explanation.classes)
     cells = np.array(one_pixel_each(drawn(row, Style(layout=Layout.MAP)), 28, 28)).astype(int)
     redness = cells[..., 0] - cells[..., 2]
