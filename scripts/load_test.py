@@ -16,7 +16,6 @@ number of clients gets. The samples go to OUTPUT.npz first; the text, OUTPUT.jso
 
 import argparse
 import base64
-import binascii
 import contextlib
 import dataclasses
 import html
@@ -161,7 +160,7 @@ def is_right_form(name: str, body: bytes) -> bool:
         return isinstance(content["digit"], int) and np.asarray(saliency, np.float32).size == math.prod(
             content["explanation"]["shape"]
         )
-    except (ValueError, KeyError, TypeError, OSError, SyntaxError, binascii.Error):  # Pillow: OSError and SyntaxError
+    except (ValueError, KeyError, TypeError, EOFError, OSError, SyntaxError):  # numpy: EOFError; Pillow: the last two
         return False
 
 
@@ -188,7 +187,7 @@ def run_steps(
     run = Run(about, [])
     count = len(settings.rates or settings.connections)
     for number in range(count):
-        asked = f"{settings.rates[number]:g}/s" if settings.rates else f"{settings.connections[number]} connections"
+        asked = _label_of(settings.rates[number], 0) if settings.rates else _label_of(None, settings.connections[number])
         with _progress(f"{asked}, {number + 1} of {count}", settings, interrupted) as tick:
             samples = _run_step(settings, calls, number, tls, tick)
         mark_wrong_forms(samples)
@@ -196,9 +195,9 @@ def run_steps(
         about["interrupted"] = interrupted.is_set()
         write_raw(run, raw_file)
         errors = sum(samples.error_counts.values())
-        p99_ms = samples.latency_quantiles_ms([0.99])[0]
+        p99_ms = _shown(samples.latency_quantiles_ms([0.99])[0])
         print(
-            f"step {number + 1} of {count}: {asked}: served {samples.served_rate:,.1f}/s, p99 {p99_ms:.1f} ms, {errors} errors",
+            f"step {number + 1} of {count}: {asked}: served {samples.served_rate:,.1f}/s, p99 {p99_ms} ms, {errors} errors",
             file=sys.stderr,
         )
         if interrupted.is_set():
@@ -338,7 +337,11 @@ class StepSummary:
     @property
     def label(self) -> str:
         """What was asked of the step."""
-        return f"{self.connections} connections" if self.offered_rate is None else f"{self.offered_rate:g}/s"
+        return _label_of(self.offered_rate, self.connections)
+
+
+def _label_of(rate: float | None, connections: int) -> str:
+    return f"{rate:g}/s" if rate is not None else f"{connections} connection{'s' if connections > 1 else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -573,12 +576,17 @@ def draw_plots(run: Run, report: Report) -> str:
         for samples, step in zip((samples for samples in run.steps if samples.request_count), report.steps, strict=True):
             _plot_distribution(distribution, samples, step.label)
             _plot_timeline(timeline, samples, step.label)
-        distribution.set(title="Distribution of the latencies", xlabel="share of requests that took longer", ylabel="ms")
-        distribution.set(xscale="log", yscale="log")
+        distribution.set(title="Distribution of the latencies", xlabel="quantile", ylabel="ms")
+        distribution.set(xscale="log")
+        distribution.minorticks_off()
+        distribution.set_xticks([0.5, 0.1, 0.01, 0.001], QUANTILE_NAMES[:-1])
         distribution.invert_xaxis()
-        timeline.set(title="Latencies in time (worst of each moment)", xlabel="s since the warm-up", ylabel="ms", yscale="log")
+        timeline.set(title="Latencies in time (worst of each moment)", xlabel="s since the warm-up", ylabel="ms")
         for axes in (quantiles, distribution):
             axes.legend(fontsize=8)
+        for axes in (quantiles, distribution, timeline):
+            if np.isfinite(axes.dataLim.intervaly).all():  # without any reply there is nothing to scale
+                axes.set_yscale("log")
         for axes in (rates, quantiles, distribution, timeline):
             axes.grid(visible=True, which="major", alpha=0.3)
         drawn = io.StringIO()
@@ -610,15 +618,13 @@ def _plot_quantiles(axes: "Axes", report: Report) -> None:
     for quantile in QUANTILE_NAMES:
         axes.plot(positions, [step.latency_ms[quantile] for step in report.steps], "o-", label=quantile)
     axes.plot(positions, [step.lag_ms["p99"] for step in report.steps], "--", color="grey", label="generator's lag, p99")
-    axes.set(title="Latencies", xlabel=name, ylabel="ms", yscale="log")
+    axes.set(title="Latencies", xlabel=name, ylabel="ms")
 
 
 def _plot_distribution(axes: "Axes", samples: Samples, label: str) -> None:
-    latencies_ms = np.sort(samples.latencies_ms())
-    if not len(latencies_ms):
-        return
-    longer = np.geomspace(1, 1 / len(latencies_ms), 200)  # share of requests
-    axes.plot(longer, np.quantile(latencies_ms, 1 - longer), label=label)
+    latencies_ms = samples.latencies_ms()
+    longer = np.geomspace(1, 1 / max(len(latencies_ms), 1), 200)  # share of requests
+    axes.plot(longer, np.quantile(latencies_ms, 1 - longer) if len(latencies_ms) else np.full(200, np.nan), label=label)
 
 
 def _plot_timeline(axes: "Axes", samples: Samples, label: str) -> None:
