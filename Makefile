@@ -8,7 +8,7 @@ SOURCES := $(wildcard handler/*.py model/network.py) model/weights.safetensors s
            scripts/package.py scripts/derive.py scripts/prove_archive.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format package accuracy fuzz train digits picture lock clean
+.PHONY: help setup serve test lint format package accuracy load fuzz train digits picture lock clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -35,6 +35,9 @@ package: build/digits.mar ## build build/digits.mar
 
 accuracy: build/digits.mar ## send MNIST's test images through HTTP, plain and as photographs; DATA_DIR=... where they are
 	$(BIN)/python -m scripts.accuracy --data-dir $(DATA_DIR) $(ARGS)
+
+load: .venv/.installed-dev ## put a running server under load and report; ARGS="--rates 100,200,400 ..." (--help shows all)
+	$(BIN)/python -m scripts.load_test $(ARGS)
 
 fuzz: .venv/.installed-dev ## fuzz the path of a request for ten minutes, guided by coverage; ARGS="--seconds 60"
 	$(PIP) install atheris==3.0.0
