@@ -52,6 +52,8 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         # Importing BaseHandler allows TF32 on newer GPUs; exact gradients are the product.
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
+        if not settings.get("log_batches"):
+            logging.getLogger().addFilter(_is_not_of_a_batch)
         if "torch_threads" in settings:
             torch.set_num_threads(int(settings["torch_threads"]))
         gpu = properties.get("gpu_id")
@@ -148,6 +150,11 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 saliency, picture = question.preparation.pull_back(saliency), question.sent
             maps = Maps(explanation.classes, saliency)
         return Result(question.options, logits, maps, question.describe_preparation(), picture)
+
+
+def _is_not_of_a_batch(record: logging.LogRecord) -> bool:
+    """Whether a record of the root logger is other than the line that TorchServe's worker writes for each batch it gets."""
+    return not str(record.msg).startswith("Backend received inference")
 
 
 def _leave_with_a_lost_gpu(device: torch.device) -> None:

@@ -77,6 +77,7 @@ class Settings:
         log_dir: TorchServe's logs, and what it prints.
         model_config: keys of model-config.yaml that replace the file's own.
         configuration: TorchServe's config.properties.
+        log_configuration: its log4j2.xml.
     """
 
     archive: Path = ROOT / "build" / f"{MODEL_NAME}.mar"
@@ -85,6 +86,7 @@ class Settings:
     log_dir: Path = ROOT / "build" / "logs"
     model_config: Mapping[str, Any] = field(default_factory=dict)
     configuration: Path = SERVE_CONFIG / "config.properties"
+    log_configuration: Path = SERVE_CONFIG / "log4j2.xml"
 
 
 class TorchServe:
@@ -159,6 +161,7 @@ class TorchServe:
                     *("--model-store", str(self._folder / "store")),
                     *("--models", f"{self.model_name}={settings.archive.name}"),
                     *("--ts-config", str(configuration)),
+                    *("--log-config", str(settings.log_configuration.resolve())),
                 ],
                 cwd=self._folder,
                 env=_environment(self._folder / "tmp", settings.log_dir),

@@ -50,7 +50,10 @@ def server(archive: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig
         ports=Ports.free(),
         device="cpu",
         log_dir=tmp_path_factory.mktemp("logs"),
-        model_config={"minWorkers": 1, "maxWorkers": 1, "batchSize": BATCH_SIZE, "maxBatchDelay": 60},
+        model_config={
+            **{"minWorkers": 1, "maxWorkers": 1, "batchSize": BATCH_SIZE, "maxBatchDelay": 60},
+            "handler": {"torch_threads": 1, "log_batches": True},
+        },
     )
     with TorchServe(settings) as running:
         pytestconfig.stash[SERVER] = running
