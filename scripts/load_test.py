@@ -351,7 +351,7 @@ class Report:
     about: dict[str, Any]
     steps: list[StepSummary]
     knee_rate: float | None
-    peak_rate: float | None
+    peak_rate: float
     warnings: list[str]
 
     @property
@@ -361,13 +361,19 @@ class Report:
 
 
 def build_report(run: Run) -> Report:
-    """Summarise all steps in which requests were counted."""
+    """Summarise all steps in which requests were counted.
+
+    Raises:
+        LoadTestError: there is none.
+    """
     steps = [summarise(samples) for samples in run.steps if samples.request_count]
+    if not steps:
+        raise LoadTestError("no request was counted: the test ended in its first warm-up")
     return Report(
         about=run.about,
         steps=steps,
         knee_rate=find_knee(steps),
-        peak_rate=max((step.served_rate for step in steps), default=None),
+        peak_rate=max(step.served_rate for step in steps),
         warnings=[warning for step in steps for warning in find_warnings(step)],
     )
 
@@ -494,15 +500,14 @@ def _conclude(report: Report) -> list[str]:
     for step in report.steps:
         if step.errors:
             lines.append(f"errors at {step.label}: " + ", ".join(f"{count} {kind}" for kind, count in step.errors.items()))
-    if report.about["loop"] == "open" and report.steps:
+    if report.about["loop"] == "open":
         share, growth = f"{KNEE_SERVED_SHARE:.0%}", f"{KNEE_P99_GROWTH:g}"
         definition = (
             f"it and every lower rate served {share} of what was offered, with a p99 of at most {growth} times the lowest's"
         )
         knee = "none of these rates" if report.knee_rate is None else f"{report.knee_rate:g}/s"
         lines.append(f"knee: {knee} ({definition})")
-    if report.peak_rate is not None:
-        lines.append(f"most served: {report.peak_rate:,.1f}/s")
+    lines.append(f"most served: {report.peak_rate:,.1f}/s")
     return lines + [f"warning: {warning}" for warning in report.warnings]
 
 
@@ -642,7 +647,7 @@ def write_report(raw_file: Path) -> Report:
     """Make text (to stdout), JSON and page of a raw file, beside it.
 
     Raises:
-        LoadTestError: it is no such file.
+        LoadTestError: it is no such file, or there is nothing in it.
         OSError: a file cannot be written.
     """
     run = read_raw(raw_file)
@@ -814,7 +819,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {raw_file} and what was made of it, beside it", file=sys.stderr)
-    return int(report.error_count > 0 or not report.steps)
+    return int(report.error_count > 0)
 
 
 if __name__ == "__main__":

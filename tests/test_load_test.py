@@ -271,6 +271,13 @@ def test_a_server_that_closes_after_each_reply_costs_no_errors() -> None:
     assert samples.request_count > 4
 
 
+def test_a_connection_that_the_server_closed_in_the_meantime_is_replaced() -> None:
+    with serving(lambda connection, got: connection.send(DIGIT, then_close=True)) as address:
+        samples = run_open(address, call_to(address), rate=4, duration_s=0.75)
+    assert samples.error_counts == {}
+    assert samples.request_count == 3
+
+
 DIGIT_AND_CLOSE = reply_with(b'{"digit": 7}', "200 OK", "Connection: close")
 
 
@@ -523,10 +530,16 @@ def test_the_page_has_its_plots_and_needs_no_other_file(finished: Finished) -> N
     assert len(long_lines) >= 4  # distribution and course of both steps
 
 
-def test_no_page_without_matplotlib_and_a_word_about_it(
-    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is not installed; it is also what takes longest here."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_no_page_without_matplotlib_and_a_word_about_it(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.npz").write_bytes(finished.files["test.1.npz"])
     assert load_test.main(["--report", str(tmp_path / "a.npz")]) == 0
     assert "need matplotlib" in capsys.readouterr().err
@@ -543,9 +556,10 @@ def test_failures_are_reported_and_end_with_1(refusing_address: str, tmp_path: P
     assert json.loads((tmp_path / "a.json").read_text())["steps"][0]["latency_ms"]["p99"] is None
 
 
+@pytest.mark.usefixtures("no_matplotlib")
 def test_a_reply_of_the_wrong_form_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(lambda connection, got: connection.send(DIGIT)) as address:
-        arguments = ["--url", address, "--rates", "100", "--duration", "0.2", "--warm-up", "0", "--mix", "explain=1"]
+        arguments = ["--url", address, "--rates", "100", "--duration", "0.2", "--warm-up", "0.2", "--mix", "explain=1"]
         arguments += ["--pictures", str(DIGIT_FILES[0]), str(DIGIT_FILES[1]), "--output", str(tmp_path / "a")]
         assert load_test.main(arguments) == 1
     assert "errors at 100/s: 2 wrong form" in capsys.readouterr().out  # the first reply for each picture is looked at
@@ -559,6 +573,7 @@ def test_what_is_no_reply_of_the_kind_has_the_wrong_form(name: str, body: bytes)
     assert is_right_form(name, body) == (name == "predict" and body.startswith(b'{"digit": 7,'))
 
 
+@pytest.mark.usefixtures("no_matplotlib")
 def test_ctrl_c_ends_the_test_with_a_report_of_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def answer(connection: Connection, got: Got) -> None:
         if got.number == 50:
@@ -576,6 +591,14 @@ def test_ctrl_c_ends_the_test_with_a_report_of_what_there_is(tmp_path: Path, cap
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("no_matplotlib")
+def test_a_test_that_ended_in_its_warm_up_has_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(lambda connection, got: os.kill(os.getpid(), signal.SIGTERM)) as address:
+        arguments = ["--url", address, "--rates", "20", "--warm-up", "600"]
+        assert load_test.main([*arguments, "--output", str(tmp_path / "a")]) == 1
+    assert "no request was counted" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate for 127.0.0.1, signed by itself, and its key."""
@@ -588,6 +611,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "certificate", folder / "key"
 
 
+@pytest.mark.usefixtures("no_matplotlib")
 @pytest.mark.parametrize(
     ("options", "error_kinds"),
     [(["--ca", "CERTIFICATE"], []), (["--insecure"], []), ([], ["tls"])],
