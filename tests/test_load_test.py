@@ -384,6 +384,8 @@ def test_quantiles_are_those_of_the_counted_good_replies_and_timeouts() -> None:
     samples.records["scheduled_s"][0] = -0.001  # of the warm-up
     samples.records["status"][1] = 503
     samples.records["status"][2], samples.records["failure"][2] = 0, Failure.TIMEOUT
+    latencies_s[2] = 30
+    samples.records["done_s"][2] = samples.records["scheduled_s"][2] + 30
     samples.records["status"][3], samples.records["failure"][3] = 0, Failure.RESET
     kept_ms = np.delete(latencies_s, [0, 1, 3]) * 1000
     expected = np.quantile(kept_ms, [0.5, 0.9, 0.99, 0.999, 1])
