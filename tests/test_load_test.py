@@ -40,7 +40,7 @@ from scripts.load import (
     run_open,
 )
 from scripts.load_test import StepSummary, find_knee, find_warnings, is_right_form, read_mix, summarise
-from scripts.package import ROOT
+from scripts.package import MODEL_NAME, ROOT
 from tests.conftest import DIGIT_FILES
 
 STALL_S = 1.0
@@ -672,6 +672,12 @@ def test_what_cannot_be_done_is_said_without_a_traceback(
 ) -> None:
     assert load_test.main([*arguments, "--output", str(tmp_path / "a")]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_generator_knows_the_served_model_without_importing_torch() -> None:
+    assert load_test.build_parser().get_default("model") == MODEL_NAME
+    check = "import sys, scripts.load_test; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
 
 
 def test_a_mix_is_read() -> None:
