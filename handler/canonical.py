@@ -9,11 +9,12 @@ What comes out is one affine map of the picture's grey levels, `Preparation`, wh
 """
 
 import contextlib
+import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import ndimage, sparse
 
 from handler.errors import BlankPicture
 
@@ -88,9 +89,17 @@ class Preparation:
 
 def prepare_nothing(grey: Array) -> Preparation:
     """A picture that is canonical already: it goes to the network bit for bit."""
-    height, width = grey.shape
-    rows, columns = np.eye(height, dtype=np.float32), np.eye(width, dtype=np.float32)
-    return Preparation(rows, columns, slope=1.0, offset=np.zeros_like(grey), pixels=grey, steps=())
+    rows, columns, offset = _identity(*grey.shape)
+    return Preparation(rows, columns, slope=1.0, offset=offset, pixels=grey, steps=())
+
+
+@functools.lru_cache(maxsize=16)
+def _identity(height: int, width: int) -> tuple[Array, Array, Array]:
+    """Rows, columns and offset of the map that changes nothing; all requests share them."""
+    parts = np.eye(height, dtype=np.float32), np.eye(width, dtype=np.float32), np.zeros((height, width), dtype=np.float32)
+    for part in parts:
+        part.flags.writeable = False
+    return parts
 
 
 def prepare_scaling(grey: Array, height: int, width: int) -> Preparation:
@@ -99,7 +108,7 @@ def prepare_scaling(grey: Array, height: int, width: int) -> Preparation:
         return prepare_nothing(grey)
     rows, columns = _resample(grey.shape[0], 0, grey.shape[0], height), _resample(grey.shape[1], 0, grey.shape[1], width)
     step = f"scaled from {grey.shape[1]}x{grey.shape[0]} to {width}x{height}"
-    pixels: Array = np.clip(rows @ grey @ columns.T, 0, 1)  # rounding may leave the range
+    pixels: Array = np.clip(sparse.csr_array(rows) @ grey @ columns.T, 0, 1)  # rounding may leave the range
     return Preparation(rows, columns, slope=1.0, offset=np.zeros_like(pixels), pixels=pixels, steps=(step,))
 
 
@@ -132,9 +141,14 @@ def _is_canonical(grey: Array, height: int, width: int) -> bool:
     """Whether a picture has the network's size and dark paper."""
     if grey.shape != (height, width):
         return False
-    if grey.min() == grey.max():
+    if not (grey != grey[0, 0]).any():
         raise BlankPicture("got a picture of one single grey level; a digit that differs from its paper is accepted")
-    return bool(np.median(_margin(grey)) < DARK_PAPER and np.median(grey) < 0.5)
+    return _median_is_below(DARK_PAPER, _margin(grey)) and _median_is_below(0.5, grey)
+
+
+def _median_is_below(limit: float, levels: Array) -> bool:
+    """Compare a median with a limit, in a tenth of the time that the median itself takes."""
+    return np.count_nonzero(levels < limit) * 2 > levels.size
 
 
 def _margin(grey: Array) -> Array:
@@ -164,7 +178,7 @@ class _View:
         scale = min(max(longer, SMALLEST_WORKING_SIZE), WORKING_SIZE) / longer
         rows = _resample(grey.shape[0], top, bottom, max(2, round((bottom - top) * scale)))
         columns = _resample(grey.shape[1], left, right, max(2, round((right - left) * scale)))
-        working = np.asarray(rows @ grey @ columns.T, dtype=np.float32)
+        working = np.asarray(sparse.csr_array(rows) @ grey @ columns.T, dtype=np.float32)  # nearly all of `rows` is zero
         return cls(rows, columns, working, (left, top, right, bottom))
 
     @property
