@@ -8,7 +8,7 @@ SOURCES := $(wildcard handler/*.py model/network.py) model/weights.safetensors s
            scripts/package.py scripts/prove_archive.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format package accuracy fuzz train digits picture lock clean
+.PHONY: help setup serve test lint format package accuracy benchmark fuzz train digits picture lock clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -35,6 +35,11 @@ package: build/digits.mar ## build build/digits.mar
 
 accuracy: build/digits.mar ## send MNIST's test images through HTTP, plain and as photographs; DATA_DIR=... where they are
 	$(BIN)/python -m scripts.accuracy --data-dir $(DATA_DIR) $(ARGS)
+
+benchmark: .venv/.installed-dev ## measure this service beside its peers (a quarter of an hour); ARGS="--rounds 3 --systems noop,mosec"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --group peers
+	$(BIN)/python -m scripts.benchmark_step
+	$(BIN)/python -m scripts.benchmark $(ARGS)
 
 fuzz: .venv/.installed-dev ## fuzz the path of a request for ten minutes, guided by coverage; ARGS="--seconds 60"
 	$(PIP) install atheris==3.0.0
