@@ -1,6 +1,6 @@
 """Measure this service and its peers side by side: the same weights, pictures, machine, load and minutes.
 
-    python -m scripts.benchmark --rounds 5 --seconds 4
+    python -m scripts.benchmark --rounds 5 --seconds 2
 
 All systems are started and stay up, idle. First each is checked: none may win by being wrong. Then they are measured in turn, in
 rounds, so that a slow minute of the machine hits all of them; ratios are taken within a round, and their median is what counts.
@@ -10,12 +10,15 @@ Writes every single number as benchmark.json, and the table, which is also print
 import argparse
 import contextlib
 import json
+import math
 import shlex
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -24,6 +27,7 @@ from typing import Any
 import numpy as np
 import requests
 import yaml
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
@@ -40,7 +44,7 @@ ROUTES = ("explain", "predict")
 LONE_CONNECTION = 1
 BUSY_CONNECTIONS = (16, 32, 64)
 WARM_UP_SHARE = 0.2  # of a measurement's seconds, before it
-CHECKED_PICTURES = 10
+CHECKING_CONNECTIONS = 16
 MAX_MAP_DIFFERENCE = 1e-4  # logit per unit of intensity
 TIMEOUT_S = 30
 PACKAGES = ("torch", "torchserve", "captum", "fastapi", "uvicorn", "mosec", "numpy", "orjson")
@@ -166,15 +170,18 @@ class Results:
         return [next(one.p50_ms for one in lone if one.round_index == index) for index in rounds]
 
     def ratios(self, goal: Goal) -> list[float]:
-        """Divide this service's number by the others': one ratio a round; none where none of the others was measured."""
+        """Divide this service's number by the others': one ratio a round; none where none of the others was measured.
+
+        Raises:
+            BenchmarkError: there was a round in which all of the others gave no reply in time.
+        """
         others = [self.by_round(system, goal.quantity) for system in goal.others if system in self.ready_s]
         if not others:
             return []
-        best = max if goal.more_is_better else min
-        return [
-            own / best(of_round)
-            for own, of_round in zip(self.by_round(OURS, goal.quantity), zip(*others, strict=True), strict=True)
-        ]
+        best = list(map(max if goal.more_is_better else min, zip(*others, strict=True)))
+        if 0 in best:
+            raise BenchmarkError(f"got a round without replies from {', '.join(goal.others)}; give them more --seconds")
+        return [own / other for own, other in zip(self.by_round(OURS, goal.quantity), best, strict=True)]
 
     def error_count(self, system: str) -> int:
         """How many requests to a system had no good reply."""
@@ -221,11 +228,10 @@ def _measure_once(
         warm_up_s=seconds * WARM_UP_SHARE,
         timeout_s=TIMEOUT_S,
     )
-    if not samples.served_rate:
-        raise BenchmarkError(
-            f"{name} answered no {route} request in {seconds:g} s over {connections} connections: {samples.error_counts}"
-        )
     p50_ms, p99_ms = samples.latency_quantiles_ms((0.5, 0.99)).tolist()
+    if math.isnan(p50_ms):
+        problem = samples.error_counts or "give it more --seconds"
+        raise BenchmarkError(f"{name} gave no good reply to {route} over {connections} connections: {problem}")
     return Measurement(
         round_index, name, route, connections, samples.served_rate, p50_ms, p99_ms, samples.error_counts, samples.cpu_share
     )
@@ -245,9 +251,9 @@ def dithered(picture: bytes, seed: int) -> bytes:
 
 
 def check_answers(running: Mapping[str, Running], pictures: Sequence[bytes]) -> dict[str, float]:
-    """Ask every system for the same pictures, and compare with this service's answers.
+    """Ask every system for the same pictures, many at once, and compare with this service's answers.
 
-    The integrated gradients are another method, and of the handler that does nothing only the replies' sizes are compared.
+    The integrated gradients are another method, and of the handler that does nothing only the replies' form is compared.
 
     Args:
         pictures: PNG files without flat areas.
@@ -256,33 +262,64 @@ def check_answers(running: Mapping[str, Running], pictures: Sequence[bytes]) -> 
     Raises:
         BenchmarkError: a digit differs, or a map by more than MAX_MAP_DIFFERENCE, or the no-op's replies are of another form.
     """
+    ours = running[OURS]
+    digits = _ask_for_digits(ours, pictures)
+    expected = {
+        Explains.PREDICTED: _ask_for_maps(ours, pictures),
+        Explains.CLASS_0: _ask_for_maps(ours, pictures, {"X-Saliency-Target": "0"}),
+    }
     differences: dict[str, float] = {}
-    for picture in pictures:
-        ours = running[OURS]
-        digit = read_digit(_ask(ours, "predict", picture).json())
-        for name, other in running.items():
-            explains = SYSTEMS[name].explains
-            if name == OURS or explains is Explains.NOTHING:
-                continue
-            found = read_digit(_ask(other, "predict", picture).json())
-            if found != digit:
-                raise BenchmarkError(f"{name} reads a {found} where {OURS} reads a {digit}")
-            if explains is Explains.OTHER:
-                continue
-            target = {"X-Saliency-Target": "0"} if explains is Explains.CLASS_0 else {}
-            expected = np.array(read_map(_ask(ours, "explain", picture, target).json())).reshape(28, 28)
-            actual = np.array(read_map(_ask(other, "explain", picture).json())).reshape(28, 28)
-            difference = float(np.abs(actual - expected).max())
-            if not difference <= MAX_MAP_DIFFERENCE:  # NaN is not
-                raise BenchmarkError(f"{name} has a map that differs from {OURS}'s by {difference:.2g}")
-            differences[name] = max(difference, differences.get(name, 0))
-    for name in (name for name in running if SYSTEMS[name].explains is Explains.NOTHING):
-        for route in ROUTES:
-            constant, real = (_ask(running[system], route, PICTURES[0].read_bytes()) for system in (name, OURS))
-            forms = [(len(reply.content), reply.headers["Content-Type"]) for reply in (constant, real)]
-            if forms[0] != forms[1]:
-                raise BenchmarkError(f"{name} replies to {route} with {forms[0]}, {OURS} with {forms[1]}")
+    for name, other in running.items():
+        explains = SYSTEMS[name].explains
+        if explains is Explains.NOTHING:
+            _require_same_form(name, other, ours)
+        elif name != OURS:
+            require_same_digits(name, _ask_for_digits(other, pictures), digits)
+            if explains in expected:
+                differences[name] = require_same_maps(name, _ask_for_maps(other, pictures), expected[explains])
     return differences
+
+
+def require_same_digits(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+    """Raise a BenchmarkError where a system reads other digits than this service."""
+    wrong = [f"a {digit} as {other}" for digit, other in zip(expected, found, strict=True) if digit != other]
+    if wrong:
+        raise BenchmarkError(f"{name} reads other digits than {OURS}: {', '.join(wrong)}")
+
+
+def require_same_maps(name: str, found: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
+    """Compare a system's maps (N, 28, 28) with this service's.
+
+    Returns:
+        the largest difference of a number.
+    Raises:
+        BenchmarkError: it is larger than MAX_MAP_DIFFERENCE.
+    """
+    difference = float(np.abs(found - expected).max())
+    if not difference <= MAX_MAP_DIFFERENCE:  # NaN is not
+        raise BenchmarkError(f"{name} has a map that differs from that of {OURS} by {difference:.2g}")
+    return difference
+
+
+def _ask_for_digits(running: Running, pictures: Sequence[bytes]) -> list[int]:
+    with ThreadPoolExecutor(CHECKING_CONNECTIONS) as pool:
+        return [read_digit(reply.json()) for reply in pool.map(partial(_ask, running, "predict"), pictures)]
+
+
+def _ask_for_maps(running: Running, pictures: Sequence[bytes], headers: Mapping[str, str] | None = None) -> NDArray[np.float64]:
+    """Maps of all pictures: (N, 28, 28)."""
+    with ThreadPoolExecutor(CHECKING_CONNECTIONS) as pool:
+        replies = pool.map(partial(_ask, running, "explain", headers=headers), pictures)
+        return np.array([np.reshape(read_map(reply.json()), (28, 28)) for reply in replies])
+
+
+def _require_same_form(name: str, constant: Running, real: Running) -> None:
+    """Compare the size and type of the no-op's replies with those that it stands for."""
+    for route in ROUTES:
+        replies = [_ask(running, route, PICTURES[0].read_bytes()) for running in (constant, real)]
+        forms = [(len(reply.content), reply.headers["Content-Type"]) for reply in replies]
+        if forms[0] != forms[1]:
+            raise BenchmarkError(f"{name} replies to {route} with {forms[0]}, {OURS} with {forms[1]}")
 
 
 def _ask(running: Running, route: str, picture: bytes, headers: Mapping[str, str] | None = None) -> requests.Response:
@@ -428,7 +465,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     others = [name for name in SYSTEMS if name != OURS]
     parser.add_argument("--rounds", type=_at_least_one, default=5, help="how often everything is measured")
-    parser.add_argument("--seconds", type=_positive, default=4.0, help="of each of the eight measurements of a system in a round")
+    parser.add_argument("--seconds", type=_positive, default=2.0, help="of each of the eight measurements of a system in a round")
     parser.add_argument("--systems", type=_read_systems, default=",".join(others), help="what this service is compared with")
     parser.add_argument("--workers", type=_at_least_one, default=_default_workers(), help="worker processes of each system")
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("build/benchmark"), help="where the reports go")
@@ -483,19 +520,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
             start_systems(installed, Workplace(Path(folder), arguments.workers)) as running,
         ):
-            checked = [dithered(picture, seed) for seed, picture in enumerate(pictures[:: len(pictures) // CHECKED_PICTURES])]
-            differences = check_answers(running, checked)
+            differences = check_answers(running, [dithered(picture, seed) for seed, picture in enumerate(pictures)])
             print(f"same digits; largest differences between maps: {differences}", file=sys.stderr)
             measurements = measure(running, pictures, rounds=arguments.rounds, seconds=arguments.seconds)
             memory = {name: Memory(*worker_memory_mib(one)) for name, one in running.items()}
-            results = Results(measurements, memory, {name: one.ready_s for name, one in running.items()})
+        results = Results(measurements, memory, {name: one.ready_s for name, one in running.items()})
+        report, summary = render_report(results, conditions), summarize(results)
     except (ServeError, BenchmarkError, requests.RequestException) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    report = render_report(results, conditions)
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "benchmark.md").write_text(report)
-    content = {**conditions, "map_differences": differences, "summary": summarize(results), **asdict(results)}
+    content = {**conditions, "map_differences": differences, "summary": summary, **asdict(results)}
     (arguments.output / "benchmark.json").write_text(json.dumps(content, indent=1) + "\n")
     print(report)
     return int(any(results.error_count(name) for name in results.ready_s))

@@ -13,7 +13,19 @@ import torch
 from PIL import Image
 
 from scripts import benchmark, benchmark_step
-from scripts.benchmark import GOALS, Measurement, Memory, Results, Spread, dithered, render_table, summarize
+from scripts.benchmark import (
+    GOALS,
+    BenchmarkError,
+    Measurement,
+    Memory,
+    Results,
+    Spread,
+    dithered,
+    render_table,
+    require_same_digits,
+    require_same_maps,
+    summarize,
+)
 from scripts.benchmark_step import Timing, build_ways, check_maps, make_batch
 from scripts.machine import describe_machine, describe_versions
 from scripts.peers.systems import SYSTEMS, System, read_digit, read_map
@@ -77,6 +89,12 @@ def test_ratios_are_taken_within_a_round(results: Results, quantity: str, other:
 
 def test_ratio_to_a_system_that_was_not_measured_is_none(results: Results) -> None:
     assert results.ratios(GOAL["explain_rate", "mosec"]) == []
+
+
+def test_round_without_replies_of_the_others_has_no_ratio(results: Results) -> None:
+    silent = [dataclasses.replace(one, rate=0.0) if one.system == "noop" else one for one in results.measurements]
+    with pytest.raises(BenchmarkError, match=r"got a round without replies from noop; give them more --seconds"):
+        dataclasses.replace(results, measurements=tuple(silent)).ratios(GOAL["explain_rate", "noop"])
 
 
 def test_spread_is_median_least_and_largest() -> None:
@@ -176,6 +194,23 @@ def test_dithered_picture_is_the_same_one_with_a_little_noise() -> None:
     assert after.shape == (28, 28)
     assert 5 < (after - before).max() < 14
     assert dithered(DIGIT_FILES[0].read_bytes(), seed=1) != dithered(DIGIT_FILES[0].read_bytes(), seed=2)
+
+
+def test_system_that_reads_another_digit_is_not_compared() -> None:
+    require_same_digits("mosec", [1, 2, 3], [1, 2, 3])
+    with pytest.raises(BenchmarkError, match=r"mosec reads other digits than ours: a 2 as 7, a 3 as 2$"):
+        require_same_digits("mosec", [1, 7, 2], [1, 2, 3])
+
+
+@pytest.mark.parametrize("number", [1.00011, -1.0, float("nan")])
+def test_system_with_one_wrong_number_in_a_map_is_not_compared(number: float) -> None:
+    expected = np.ones((3, 28, 28))
+    found = expected.copy()
+    found[1, 4, 5] = 1.00009
+    assert require_same_maps("mosec", found, expected) == pytest.approx(9e-5)
+    found[2, 27, 0] = number
+    with pytest.raises(BenchmarkError, match=r"mosec has a map that differs from that of ours by "):
+        require_same_maps("mosec", found, expected)
 
 
 # --- the step

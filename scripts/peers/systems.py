@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 import requests
@@ -262,7 +263,10 @@ def read_digit(reply: object) -> int:
     return digit
 
 
-def read_map(reply: object) -> object:
+def read_map(reply: object) -> list[Any]:
     """The map in a reply to an explanation, nested: this service's, a program's, or TorchServe's bare one."""
-    explanation = reply["explanation"] if isinstance(reply, dict) else reply
-    return explanation["saliency"] if isinstance(explanation, dict) else explanation
+    found = reply["explanation"] if isinstance(reply, dict) else reply
+    if isinstance(found, dict):
+        found = found["saliency"]
+    assert isinstance(found, list)
+    return found
