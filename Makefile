@@ -5,10 +5,10 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(wildcard handler/*.py model/network.py) model/weights.safetensors serve_config/model-config.yaml \
-           scripts/package.py scripts/prove_archive.py
+           scripts/package.py scripts/derive.py scripts/prove_archive.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format package accuracy benchmark fuzz train digits picture lock clean
+.PHONY: help setup serve test lint format package accuracy load benchmark fuzz train digits picture lock clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -35,6 +35,9 @@ package: build/digits.mar ## build build/digits.mar
 
 accuracy: build/digits.mar ## send MNIST's test images through HTTP, plain and as photographs; DATA_DIR=... where they are
 	$(BIN)/python -m scripts.accuracy --data-dir $(DATA_DIR) $(ARGS)
+
+load: .venv/.installed-dev ## put a running server under load and report; ARGS="--rates 100,200,400 ..." (--help shows all)
+	$(BIN)/python -m scripts.load_test $(ARGS)
 
 benchmark: .venv/.installed-dev ## measure this service beside its peers (a quarter of an hour); ARGS="--rounds 3 --systems noop,mosec"
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --group peers

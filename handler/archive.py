@@ -45,15 +45,12 @@ def verify_files(model_dir: Path) -> dict[str, str]:
     return sums
 
 
-def load_network(model_file: Path, weights_file: Path) -> nn.Module:
-    """Build the one network that a Python file defines, with weights from a safetensors file (which holds no pickle).
+def build_network(model_file: Path) -> nn.Module:
+    """Build the one network that a Python file defines, on the CPU, with random weights.
 
-    Returns:
-        the network on the CPU.
     Raises:
         ArchiveError: the file does not define exactly one network that says its INPUT_SHAPE (channels, height, width) and its
-            CLASS_COUNT, or the weights are missing, unreadable, not finite, or have
-            other names, shapes or types than the network's.
+            CLASS_COUNT.
     """
     specification = importlib.util.spec_from_file_location(model_file.stem, model_file)
     if specification is None or specification.loader is None or not model_file.is_file():
@@ -71,15 +68,25 @@ def load_network(model_file: Path, weights_file: Path) -> nn.Module:
         if not hasattr(classes[0], attribute):
             raise ArchiveError(f"the network in {model_file.name} does not say its {attribute}")
     network: nn.Module = classes[0]()
+    return network
+
+
+def load_network(model_file: Path, weights_file: Path) -> nn.Module:
+    """Build a network and load its weights.
+
+    Raises:
+        ArchiveError: as `build_network` and `load_weights`.
+    """
+    network = build_network(model_file)
     load_weights(network, weights_file)
     return network
 
 
 def load_weights(network: nn.Module, weights_file: Path) -> None:
-    """Load safetensors weights into a network, after checking that they are its own.
+    """Load safetensors weights (which hold no pickle) into a network, after checking that they are its own.
 
     Raises:
-        ArchiveError: as `load_network`.
+        ArchiveError: they are missing, unreadable, not finite, or have other names, shapes or types than the network's.
     """
     try:
         weights = safetensors.torch.load_file(weights_file)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import ndimage, sparse
 
 from handler.errors import BlankPicture
 
@@ -99,7 +99,7 @@ def prepare_scaling(grey: Array, height: int, width: int) -> Preparation:
         return prepare_nothing(grey)
     rows, columns = _resample(grey.shape[0], 0, grey.shape[0], height), _resample(grey.shape[1], 0, grey.shape[1], width)
     step = f"scaled from {grey.shape[1]}x{grey.shape[0]} to {width}x{height}"
-    pixels: Array = np.clip(rows @ grey @ columns.T, 0, 1)  # rounding may leave the range
+    pixels: Array = np.clip(sparse.csr_array(rows) @ grey @ columns.T, 0, 1)  # rounding may leave the range
     return Preparation(rows, columns, slope=1.0, offset=np.zeros_like(pixels), pixels=pixels, steps=(step,))
 
 
@@ -164,7 +164,7 @@ class _View:
         scale = min(max(longer, SMALLEST_WORKING_SIZE), WORKING_SIZE) / longer
         rows = _resample(grey.shape[0], top, bottom, max(2, round((bottom - top) * scale)))
         columns = _resample(grey.shape[1], left, right, max(2, round((right - left) * scale)))
-        working = np.asarray(rows @ grey @ columns.T, dtype=np.float32)
+        working = np.asarray(sparse.csr_array(rows) @ grey @ columns.T, dtype=np.float32)  # nearly all of `rows` is zero
         return cls(rows, columns, working, (left, top, right, bottom))
 
     @property

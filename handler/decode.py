@@ -5,6 +5,7 @@ The trust boundary: the input is hostile. Knows nothing of TorchServe, HTTP or t
 
 import itertools
 import logging
+import sys
 import warnings
 from dataclasses import dataclass
 from io import BytesIO
@@ -12,22 +13,49 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from handler.errors import ImageTooLarge, InvalidPixel, UnreadableImage, WrongShape, shown
+from handler.errors import ClientError, ImageTooLarge, InvalidPixel, UnreadableImage, WrongShape, shown
 
 ACCEPTED_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")  # no other decoder of Pillow's is ever tried
 MAX_PIXELS = 16_000_000  # 4000 x 4000; read from the header, before any pixel is allocated
 
+MAX_SIDE = 16_000  # pixels of the longer side: what is computed for each row and column of a picture stays small
+
 # A progressive JPEG may have any number of scans, and each costs a pass over all pixels, however few bytes it has. Encoders write
 # about ten.
-MAX_JPEG_SCANS = 100
+MAX_JPEG_SCANS = 20
 JPEG_SCAN_MARKER = b"\xff\xda"  # among compressed data it cannot occur: there 0xff is followed by 0x00
+JPEG_PROGRESSIVE_MARKER = b"\xff\xc2"
+
+# Steps of about a microsecond that the image files of one request may take beside their pixels: reads by Pillow, which loops in
+# Python over chunks, segments and tags, and what else costs time out of proportion to its bytes. A file as an encoder writes it
+# takes a few hundred, and one of 32 MiB ten thousand.
+MAX_STEPS = 100_000
+STEPS_OF_PARTS = {  # by the file's first bytes: Photoshop resources, Exif that is put together, texts of up to 1 MB when inflated
+    b"\xff\xd8": {b"8BIM": 1, b"Exif\0\0": 100},
+    b"\x89PNG": {b"iCCP": 1000, b"zTXt": 1000, b"iTXt": 1000},
+}
+EXIF_BYTES_A_STEP = 20
+PROGRESSIVE_BYTES_A_STEP = 80  # 8 MB in all: they take four times as long as the bytes of other JPEGs
+MAX_TAG_BYTES = 1_000_000  # of a TIFF, whose numbers Pillow makes Python objects
+SLOW_COMPRESSIONS = (1, 2, "lzma")  # BMP's run lengths, which Pillow decodes in Python, and a TIFF's LZMA: seconds at MAX_PIXELS
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # how an Exif orientation is made upright
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # the reply says what is wrong with a file; the log need not
 
 # Pillow's own guard, for sizes that only show while it decodes (a GIF frame larger than its screen). It raises at twice this.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+TiffImagePlugin.READ_LIBTIFF = True  # also what is not compressed: Pillow's own loop over strips is in Python
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,25 +73,64 @@ class Picture:
     is_canonical: bool = False
 
 
-class PixelBudget:
-    """Counts the pixels that one request's image files declare, so that many pictures cost no more time than one may."""
+class DecodingBudget:
+    """Counts what one request's image files declare and take, so that many pictures cost no more time than one may."""
 
     def __init__(self) -> None:
-        self.left = MAX_PIXELS
+        self.pixels_left = MAX_PIXELS
+        self.steps_left = MAX_STEPS
 
-    def take(self, width: int, height: int) -> None:
+    def take_pixels(self, width: int, height: int) -> None:
         """Count an image before it is decoded.
 
         Raises:
             ImageTooLarge: it is too large by itself, or together with those before it.
         """
-        if width * height > self.left:
-            together = "" if self.left == MAX_PIXELS else ", in all images of a request together,"
-            raise ImageTooLarge(f"got an image of {width} x {height} pixels; up to {MAX_PIXELS:,} pixels{together} are accepted")
-        self.left -= width * height
+        if width * height > self.pixels_left or max(width, height) > MAX_SIDE:
+            together = "" if self.pixels_left == MAX_PIXELS else ", in all images of a request together,"
+            raise ImageTooLarge(
+                f"got an image of {width} x {height} pixels; up to {MAX_PIXELS:,} pixels{together} are accepted, and up to "
+                f"{MAX_SIDE:,} a side"
+            )
+        self.pixels_left -= width * height
+
+    def take_steps(self, count: int) -> None:
+        """Count steps before they are taken.
+
+        Raises:
+            ImageTooLarge: they are too many, by themselves or together with those before.
+        """
+        if count > self.steps_left:
+            raise ImageTooLarge(
+                "got image files of too many chunks, segments, tags or progressive bytes; files as encoders write them are "
+                "accepted"
+            )
+        self.steps_left -= count
 
 
-def decode_image(content: bytes, budget: PixelBudget | None = None) -> Picture:
+class _CountedFile(BytesIO):
+    """An image file that takes a step for each read."""
+
+    def __init__(self, content: bytes, budget: DecodingBudget) -> None:
+        super().__init__(content)
+        self._budget = budget
+        is_tiff = content.startswith((b"II", b"MM"))
+        self._most_bytes = MAX_TAG_BYTES if is_tiff else sys.maxsize  # libtiff takes the pixels without a read
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read up to `size` bytes, all where it is negative.
+
+        Raises:
+            ImageTooLarge: this is one read too many.
+            UnreadableImage: a tag is too long.
+        """
+        self._budget.take_steps(1)
+        if size is not None and size > self._most_bytes:
+            raise UnreadableImage(f"got a TIFF with a tag of more than {MAX_TAG_BYTES:,} bytes; up to that are accepted")
+        return super().read(size)
+
+
+def decode_image(content: bytes, budget: DecodingBudget | None = None) -> Picture:
     """Decode an image file to grey: EXIF orientation applied, transparency laid over paper, first frame of several.
 
     Args:
@@ -71,18 +138,24 @@ def decode_image(content: bytes, budget: PixelBudget | None = None) -> Picture:
         budget: of the request that it came in, where others came with it.
     Raises:
         UnreadableImage: no image of an accepted format, or a damaged one.
-        ImageTooLarge: its header declares more than the budget's pixels.
+        ImageTooLarge: its header declares more than the budget's pixels, or it takes more than the budget's steps.
     """
+    budget = budget or DecodingBudget()
     if content.count(JPEG_SCAN_MARKER) > MAX_JPEG_SCANS and content.startswith(b"\xff\xd8"):
         raise UnreadableImage(f"got a JPEG of more than {MAX_JPEG_SCANS} scans; up to that are accepted")
+    budget.take_steps(_steps_of_parts(content))
     try:
         with (
             warnings.catch_warnings(action="ignore"),  # of damaged files, whose data they may show, and from half of MAX_PIXELS
-            Image.open(BytesIO(content), formats=ACCEPTED_FORMATS) as image,
+            Image.open(_CountedFile(content, budget), formats=ACCEPTED_FORMATS) as image,
         ):
-            (budget or PixelBudget()).take(*image.size)
-            return Picture(_grey(ImageOps.exif_transpose(image)), source=f"{image.format} image")
-    except ImageTooLarge:
+            budget.take_pixels(*image.size)
+            if image.info.get("compression") in SLOW_COMPRESSIONS:
+                raise UnreadableImage("got a BMP of run lengths or a TIFF with LZMA compression; other compressions are accepted")
+            budget.take_steps(_steps_of_data(image, content))
+            image.draft("L", None)  # of a JPEG, which stores brightness apart from colour: decode no colour
+            return Picture(_grey(image), source=f"{image.format} image")
+    except ClientError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(f"got an image that decodes to too many pixels; up to {MAX_PIXELS:,} are accepted") from error
@@ -97,32 +170,53 @@ def decode_image(content: bytes, budget: PixelBudget | None = None) -> Picture:
         ) from error
 
 
+def _steps_of_parts(content: bytes) -> int:
+    """Count the costly parts of a file, and what by chance looks like one, which is improbable."""
+    costs = next((costs for first_bytes, costs in STEPS_OF_PARTS.items() if content.startswith(first_bytes)), {})
+    return sum(steps * content.count(part) for part, steps in costs.items())
+
+
+def _steps_of_data(image: Image.Image, content: bytes) -> int:
+    """Count the steps that an image's Exif data and its progressive scans will take."""
+    exif_bytes = max(len(image.info.get(name, "")) for name in ("exif", "Raw profile type exif"))
+    is_progressive = "progressive" in image.info or (
+        image.info.get("compression") == "jpeg" and JPEG_PROGRESSIVE_MARKER in content  # in a TIFF
+    )
+    return exif_bytes // EXIF_BYTES_A_STEP + is_progressive * len(content) // PROGRESSIVE_BYTES_A_STEP
+
+
 def _grey(image: Image.Image) -> NDArray[np.float32]:
-    if image.mode.startswith(("I", "F")):  # 16 or 32 bits, integers or floats
-        return _scale_deep(np.asarray(image).astype(np.float32), full_scale=65535 if image.mode.startswith("I;16") else None)
-    if image.has_transparency_data:
-        image = _lay_over_paper(image.convert("RGBA"))
-    return np.asarray(image.convert("L")).astype(np.float32) / np.float32(255)
+    image.load()  # a TIFF turns itself upright then, and forgets its orientation
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    full_scale = 65535 if image.mode.startswith("I;16") else None
+    is_deep = image.mode.startswith(("I", "F"))  # 16 or 32 bits, integers or floats
+    if not is_deep:
+        image = _lay_over_paper(image.convert("LA")) if image.has_transparency_data else image.convert("L")
+    if turn is not None:
+        image = image.transpose(turn)
+    levels = np.asarray(image)
+    return _scale_deep(levels, full_scale) if is_deep else np.divide(levels, np.float32(255), dtype=np.float32)
 
 
-def _scale_deep(levels: NDArray[np.float32], full_scale: int | None) -> NDArray[np.float32]:
+def _scale_deep(levels: NDArray[Any], full_scale: int | None) -> NDArray[np.float32]:
     """Bring deep pixels into [0, 1]: by their type's full scale, else by the smallest usual one that holds them all."""
-    if not np.isfinite(levels).all():
+    darkest, brightest = float(levels.min()), float(levels.max())
+    if not np.isfinite((darkest, brightest)).all():
         raise ValueError("pixels that are not finite")
-    brightest = float(levels.max())
     limit = full_scale or next((usual for usual in (1, 255, 65535) if brightest <= usual), brightest)
-    scaled: NDArray[np.float32] = np.clip(levels / np.float32(limit), 0, 1)
+    scaled: NDArray[np.float32] = np.divide(levels, np.float32(limit), dtype=np.float32, casting="same_kind")
+    np.clip(scaled, 0, 1, out=scaled)
     return scaled
 
 
 def _lay_over_paper(image: Image.Image) -> Image.Image:
-    """Lay a transparent picture over white paper, or over black where what is drawn is itself bright."""
-    small = image.reduce(max(1, max(image.size) // 256))
-    levels, alpha = (np.asarray(band, dtype=np.float32) for band in (small.convert("L"), small.getchannel("A")))
+    """Lay a transparent picture (LA) over white paper, or over black where what is drawn is itself bright."""
+    small = np.asarray(image.reduce(max(1, max(image.size) // 256)), dtype=np.float32)
+    levels, alpha = small[..., 0], small[..., 1]
     drawn = float(alpha.sum())
     brightness = float((levels * alpha).sum()) / (255 * drawn) if drawn else 0.0
-    paper = Image.new("RGBA", image.size, "black" if brightness > 0.5 and alpha.min() == 0 else "white")
-    return Image.alpha_composite(paper, image)
+    paper = Image.new("L", image.size, "black" if brightness > 0.5 and alpha.min() == 0 else "white")
+    return Image.composite(image.getchannel("L"), paper, image.getchannel("A"))
 
 
 def decode_numbers(rows: list[Any], height: int, width: int) -> Picture:

@@ -14,12 +14,14 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
 from handler.archive import load_network, verify_files
 from handler.describe import describe_service
 from handler.errors import InternalError, ServiceError
+from handler.one_pass import ONE_PASS_FILE, load_one_pass
 from handler.prepare import Prepared, Question, prepare_pictures
 from handler.reply import Maps, Reply, Result, fit_batch, render_description, render_error, render_results
 from handler.request import is_describe_request, parse_request
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 MAX_FORWARD_PICTURES = 256  # a larger batch is computed in parts of this size, so that memory stays bounded
 
-Inferred = tuple[torch.Tensor, Explanation | None]  # (K,) logits, maps
+Inferred = tuple[NDArray[np.float32], Explanation | None]  # (K,) logits, maps
 
 
 class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
@@ -63,7 +65,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             "version": manifest["modelVersion"],
             "weights_sha256": sums[manifest["serializedFile"]],
         }
-        predict_and_explain(self.model, torch.zeros(1, *self.input_shape, device=self.device), targets=[(None,)])
+        self.differentiable = load_one_pass(model_dir / ONE_PASS_FILE, self.model, self.input_shape)
         self.manifest = context.manifest
         self.initialized = True
         logger.info("serving %s on %s", self.model_description, self.device)
@@ -115,8 +117,8 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             try:
                 pixels = np.stack([question.pixels for question in part])[:, None]  # (N, 1, H, W)
                 targets = [question.options.target.classes if question.options.explain else () for question in part]
-                logits, explanations = predict_and_explain(self.model, torch.from_numpy(pixels).to(self.device), targets)
-                yield from zip(logits.cpu(), explanations, strict=True)
+                logits, explanations = predict_and_explain(self.differentiable, torch.from_numpy(pixels).to(self.device), targets)
+                yield from zip(logits, explanations, strict=True)
             except Exception as error:  # noqa: BLE001  # answered in this API's own form
                 failure = _internal_error(error)
                 _leave_with_a_lost_gpu(self.device)
@@ -141,11 +143,11 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         logits, explanation = inferred
         maps, picture = None, question.pixels
         if explanation is not None:
-            saliency = explanation.maps.squeeze(1).cpu().numpy()  # (T, H, W)
+            saliency = explanation.maps.squeeze(1)  # (T, H, W)
             if question.sent is not None:
                 saliency, picture = question.preparation.pull_back(saliency), question.sent
             maps = Maps(explanation.classes, saliency)
-        return Result(question.options, logits.numpy(), maps, question.describe_preparation(), picture)
+        return Result(question.options, logits, maps, question.describe_preparation(), picture)
 
 
 def _leave_with_a_lost_gpu(device: torch.device) -> None:

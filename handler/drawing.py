@@ -83,7 +83,8 @@ class Style:
         size: pixels of the longer side of one panel, MIN_SIZE to MAX_SIZE.
         colormap: colours of the numbers.
         polarity: which numbers are drawn. Signed ones need a colour map that diverges.
-        clip_percentile: percentile of a row's absolute numbers from which on they have the full colour, MIN_PERCENTILE to 100.
+        clip_percentile: percentile of a row's absolute numbers, without zeros, from which on they have the full colour,
+            MIN_PERCENTILE to 100.
         layout: map over picture, map alone, or picture and maps side by side with a colour bar.
     Raises:
         InvalidOption: signed numbers in a colour map that does not diverge, where zero would look like any other number.
@@ -165,8 +166,9 @@ def _draw_panels(row: Row, style: Style) -> tuple[list[Image.Image], float]:
         the panels, all of one size; and the limit: the absolute number from which on colours are full, 0 where all maps are flat.
     """
     size = _panel_size(row, style)
-    grey = np.rint(np.clip(row.picture, 0, 1) * 255).astype(np.uint8)
-    picture = _enlarge(_shrink(Image.fromarray(grey), size), size).convert("RGB")
+    grey = np.asarray(_shrink(Image.fromarray(row.picture), size))
+    levels = np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)
+    picture = _enlarge(Image.fromarray(levels), size).convert("RGB")
     maps = np.stack([np.asarray(_shrink(Image.fromarray(saliency), size)) for saliency in row.maps])
     limit = _limit(maps, style.clip_percentile)
     panels = [picture] if style.layout is Layout.SIDE_BY_SIDE else []
@@ -205,9 +207,9 @@ def _enlarge(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _limit(maps: NDArray[np.float32], percentile: float) -> float:
-    """Percentile of the absolute numbers; their maximum where so few differ from zero that the percentile is zero."""
-    sizes = np.abs(maps)
-    return float(np.percentile(sizes, percentile)) or float(sizes.max())
+    """Percentile of the absolute numbers that are not zero, as most are around a digit in a large picture; 0 where all are."""
+    sizes = np.abs(maps[maps != 0])
+    return float(np.percentile(sizes, percentile)) if sizes.size else 0.0
 
 
 def _shares(saliency: NDArray[np.float32], limit: float, polarity: Polarity) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from handler.arrays import Pictures, decode_npy, decode_tensor
 from handler.canonical import Preparation, prepare, prepare_nothing, prepare_scaling
-from handler.decode import MAX_PIXELS, Picture, PixelBudget, decode_image, decode_numbers
+from handler.decode import MAX_PIXELS, DecodingBudget, Picture, decode_image, decode_numbers
 from handler.errors import BlankPicture, ClientError, RequestTooLarge, WrongShape, join_errors
 from handler.kserve import MAX_PICTURES, Tensor
 from handler.request import NPY_MAGIC, Options, Payload, Prepare, ReplyFormat, Request, Space
@@ -133,7 +133,7 @@ def _decode_all(request: Request, height: int, width: int) -> tuple[list[Picture
     Returns:
         the pictures, with an error in the place of a bad one; their options; whether they are a list.
     """
-    budget = PixelBudget()
+    budget = DecodingBudget()
     first = request.parts[0]
     if not isinstance(first, ClientError) and (not request.listed or isinstance(first.payload, Tensor)):  # the only part
         decoded = _decode(first.payload, budget, height, width)
@@ -144,7 +144,7 @@ def _decode_all(request: Request, height: int, width: int) -> tuple[list[Picture
     return pictures, [Options() if isinstance(part, ClientError) else part.options for part in request.parts], True
 
 
-def _decode(payload: Payload, budget: PixelBudget, height: int, width: int) -> Pictures:
+def _decode(payload: Payload, budget: DecodingBudget, height: int, width: int) -> Pictures:
     """Decode a picture, or an array of them."""
     if isinstance(payload, Tensor):
         return decode_tensor(payload, height, width)
@@ -155,7 +155,7 @@ def _decode(payload: Payload, budget: PixelBudget, height: int, width: int) -> P
     return Pictures([decode_image(payload, budget)], several=False)
 
 
-def _decode_one(payload: Payload, budget: PixelBudget, height: int, width: int) -> Picture | ClientError:
+def _decode_one(payload: Payload, budget: DecodingBudget, height: int, width: int) -> Picture | ClientError:
     """Decode a picture that is one of several."""
     try:
         pictures = _decode(payload, budget, height, width).pictures

@@ -152,6 +152,14 @@ class Samples:
         return np.asarray((self.scheduled_s >= 0) & (self.scheduled_s < self.duration_s))
 
     @property
+    def timed(self) -> NDArray[np.bool_]:
+        """Which requests have a latency: (N,), the good ones, and timeouts with the time that was waited.
+
+        A timeout is left in since its latency is at least that; other failures say nothing of how long an answer takes.
+        """
+        return np.asarray(self.counted & (self.good | (self.failure == Failure.TIMEOUT)))
+
+    @property
     def request_count(self) -> int:
         """How many requests were scheduled in the window."""
         return int(self.counted.sum())
@@ -170,16 +178,14 @@ class Samples:
         return dict(sorted(Counter(Failure(failure).label if failure else f"HTTP {status}" for failure, status in kinds).items()))
 
     def latencies_ms(self, name: str | None = None) -> NDArray[np.float64]:
-        """Latencies from schedule to complete reply: (M,) of the good replies, and of timeouts with the time that was waited.
-
-        A timeout is left in since its latency is at least that; other failures say nothing of how long an answer takes.
+        """Latencies from schedule to complete reply: (M,) of the `timed` requests.
 
         Args:
             name: only of calls of this name.
         """
-        chosen = self.counted & (self.good | (self.failure == Failure.TIMEOUT))
+        chosen = self.timed
         if name is not None:
-            chosen &= np.array([own == name for own in self.names])[self.call]
+            chosen = chosen & np.array([own == name for own in self.names])[self.call]
         return np.asarray((self.done_s - self.scheduled_s)[chosen] * 1e3)
 
     def latency_quantiles_ms(self, quantiles: Sequence[float] = QUANTILES, name: str | None = None) -> NDArray[np.float64]:

@@ -18,12 +18,14 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import generate_model_archive
 
-from handler.archive import SUMS_FILE
+from handler.archive import SUMS_FILE, build_network
+from handler.one_pass import ONE_PASS_FILE
+from scripts.derive import Shape, derive_one_pass
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY_MODULE = ROOT / "handler" / "digit_handler.py"
@@ -68,6 +70,8 @@ def build_archive(output: Path, *, model_file: Path, weights_file: Path, model_c
     manifest = json.loads(entries[MANIFEST])
     del manifest["createdOn"]
     entries[MANIFEST] = json.dumps(manifest, indent=2).encode()
+    network = build_network(model_file)
+    entries[ONE_PASS_FILE] = derive_one_pass(network, cast(Shape, network.INPUT_SHAPE)).encode()
     return write_archive(output, entries)
 
 

@@ -3,7 +3,8 @@
     python -P prove_archive.py UNPACKED        (with PYTHONPATH=UNPACKED, as TorchServe sets it)
 
 Run by `package.py` in a process that sees nothing of the repo. Prints one line of JSON: the model as the handler describes it,
-the digit that it reads in a ramp of grey, and the largest difference between the served gradient and PyTorch's own.
+the digit that it reads in a ramp of grey, by what it is differentiated, and the largest difference between the served gradient
+and PyTorch's own.
 """
 
 import importlib
@@ -40,7 +41,8 @@ def main() -> int:
     score = handler.model.cpu()(pixels)[0, reply["digit"]]
     (gradient,) = torch.autograd.grad(score, pixels)
     difference = float((gradient.squeeze() - torch.tensor(reply["explanation"]["saliency"])).abs().max())
-    print(json.dumps({"model": reply["model"], "digit": reply["digit"], "gradient_difference": difference}))
+    derivative = type(handler.differentiable).__name__
+    print(json.dumps({"model": reply["model"], "digit": reply["digit"], "by": derivative, "gradient_difference": difference}))
     return int(difference > TOLERANCE)
 
 

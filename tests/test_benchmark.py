@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import sys
 from io import BytesIO
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from scripts.benchmark import (
     summarize,
 )
 from scripts.benchmark_step import Timing, build_ways, check_maps, make_batch
-from scripts.machine import describe_machine, describe_versions
 from scripts.peers.systems import SYSTEMS, System, read_digit, read_map
 from tests.conftest import DIGIT_FILES
 
@@ -203,13 +201,14 @@ def test_system_that_reads_another_digit_is_not_compared() -> None:
 
 
 @pytest.mark.parametrize("number", [1.00011, -1.0, float("nan")])
-def test_system_with_one_wrong_number_in_a_map_is_not_compared(number: float) -> None:
-    expected = np.ones((3, 28, 28))
+def test_system_with_a_wrong_number_in_several_maps_is_not_compared(number: float) -> None:
+    expected = np.ones((20, 28, 28))
     found = expected.copy()
-    found[1, 4, 5] = 1.00009
+    found[:9, 4, 5] = 1.00009
+    found[19] = 5  # as where two inputs of a max pool tie
     assert require_same_maps("mosec", found, expected) == pytest.approx(9e-5)
-    found[2, 27, 0] = number
-    with pytest.raises(BenchmarkError, match=r"mosec has a map that differs from that of ours by "):
+    found[:4, 27, 0] = number  # too many to be ties in a max pool
+    with pytest.raises(BenchmarkError, match=r"mosec has maps that differ from those of ours by "):
         require_same_maps("mosec", found, expected)
 
 
@@ -246,17 +245,3 @@ def test_step_compares_nothing_that_gives_wrong_gradients() -> None:
 def test_step_table_has_medians_of_durations_and_of_multiples() -> None:
     timings = [Timing("a way", 8, (10.0, 20.0, 90.0), (2.0, 2.5, 3.0)), Timing("a way", 1, (1.0,), (1.25,))]
     assert benchmark_step.render_table(timings).splitlines()[-1] == "| a way | 20 (2.50) | 1 (1.25) |"
-
-
-# --- the machine
-
-
-def test_machine_and_versions_are_described() -> None:
-    machine = describe_machine()
-    assert machine["processor"]
-    assert int(machine["cores"]) >= 1
-    assert describe_versions(["torch", "no-such-package"]) == {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__.partition("+")[0],
-        "no-such-package": "not installed",
-    }

@@ -216,7 +216,7 @@ def test_map_in_the_clients_pixels_is_the_finite_difference_through_the_preparat
     pixels = preparation.slope * (rows @ picture @ columns.T) + torch.from_numpy(preparation.offset.astype(np.float64)) + dither
     _, (explanation,) = predict_and_explain(double, pixels[None, None], [(seed[0],)])
     assert explanation is not None
-    saliency = preparation.pull_back(explanation.maps[0, 0].numpy().astype(np.float32))
+    saliency = preparation.pull_back(explanation.maps[0, 0].astype(np.float32))
     assert saliency.shape == grey.shape
 
     strongest = np.argsort(np.abs(saliency), axis=None)[-20:]

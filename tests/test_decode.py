@@ -1,16 +1,18 @@
 """The trust boundary: good pictures come out exact, hostile ones as client errors."""
 
 import struct
+import zlib
 from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
 
-from handler.decode import ACCEPTED_FORMATS, MAX_PIXELS, decode_image, decode_numbers
+from handler.decode import ACCEPTED_FORMATS, MAX_PIXELS, MAX_SIDE, MAX_STEPS, DecodingBudget, decode_image, decode_numbers
 from handler.errors import ClientError, ImageTooLarge, InvalidPixel, UnreadableImage, WrongShape
 from tests.conftest import DIGIT_FILES
-from tests.hostile import png_header
+from tests.hostile import png_chunk, png_header
 
 LOSSLESS = ("PNG", "GIF", "BMP", "TIFF")
 
@@ -65,6 +67,51 @@ def test_exif_orientation_is_applied() -> None:
     assert np.argwhere(grey > 0.5).tolist() == [[5, 2]]
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("image_format", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_every_orientation_is_made_upright_as_pillow_does(image_format: str, orientation: int) -> None:
+    levels = np.zeros((24, 40), np.uint8)
+    levels[:8, :16], levels[8:, :8] = 255, 120
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    content = encode(Image.fromarray(levels).convert("RGB"), image_format, exif=exif)
+    with Image.open(BytesIO(content)) as image:
+        upright = ImageOps.exif_transpose(image).convert("L")
+    assert upright.size == ((40, 24) if orientation < 5 else (24, 40))
+    np.testing.assert_allclose(decode_image(content).grey * 255, np.asarray(upright), atol=2)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_half_transparent_ink_is_mixed_with_white_paper(mode: str) -> None:
+    """Level 60 at an opacity of 102 / 255 over white is 255 - 0.4 * 195."""
+    image = Image.new("RGBA", (30, 20), (60, 60, 60, 102))
+    content = encode(image.convert(mode), "PNG")
+    np.testing.assert_allclose(decode_image(content).grey, (255 - 0.4 * 195) / 255, atol=1.5 / 255)
+
+
+@pytest.mark.parametrize(
+    ("array", "scale"),
+    [
+        pytest.param(np.arange(784).reshape(28, 28) % 2 == 0, 1, id="one bit"),
+        pytest.param(np.arange(784, dtype=np.uint8).reshape(28, 28), 255, id="8 bits"),
+        pytest.param(np.arange(784, dtype=np.uint16).reshape(28, 28) * 80, 65535, id="16 bits"),
+        pytest.param(np.arange(784, dtype=np.int32).reshape(28, 28) * 80, 65535, id="32 bits"),
+        pytest.param(np.arange(784, dtype=np.float32).reshape(28, 28) / 784, 1, id="floats"),
+    ],
+)
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate"])
+def test_every_depth_of_a_tiff_is_read_exactly(array: NDArray[np.generic], scale: int, compression: str) -> None:
+    grey = decode_image(encode(Image.fromarray(array), "TIFF", compression=compression)).grey
+    np.testing.assert_allclose(grey, array.astype(np.float32) / np.float32(scale), atol=1e-6)
+
+
+def test_colour_jpeg_has_pillows_brightness() -> None:
+    colours = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8).repeat(16, axis=0).repeat(16, axis=1)
+    content = encode(Image.fromarray(colours), "JPEG", quality=95, subsampling=0)
+    expected = np.asarray(Image.fromarray(colours).convert("L")) / 255
+    assert np.abs(decode_image(content).grey - expected).mean() < 0.01
+
+
 def test_first_frame_of_several_is_taken() -> None:
     frames = [Image.new("L", (5, 5), level) for level in (200, 10)]
     content = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -97,7 +144,9 @@ def test_bytes_that_are_no_whole_image_are_refused(content: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "height"), [(4001, 4000), (65_000, 65_000), (2**31 - 1, 2**31 - 1), (1, MAX_PIXELS + 1)], ids=lambda n: str(n)
+    ("width", "height"),
+    [(4001, 4000), (65_000, 65_000), (2**31 - 1, 2**31 - 1), (1, MAX_PIXELS + 1), (MAX_SIDE + 1, 1)],
+    ids=lambda n: str(n),
 )
 def test_decompression_bomb_is_judged_by_its_header(width: int, height: int) -> None:
     """At 2**62 pixels any allocation would fail: the answer is about the size, so none was tried."""
@@ -184,8 +233,80 @@ def test_jpeg_of_very_many_scans_is_refused() -> None:
     """Each scan is a pass over all pixels, and takes a few bytes: a small file could hold a worker for hours."""
     scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00\x00"
     decode_image(GOOD_JPEG)
-    with pytest.raises(UnreadableImage, match="got a JPEG of more than 100 scans"):
-        decode_image(GOOD_JPEG[:-2] + 100 * scan + GOOD_JPEG[-2:])
+    with pytest.raises(UnreadableImage, match="got a JPEG of more than 20 scans"):
+        decode_image(GOOD_JPEG[:-2] + 20 * scan + GOOD_JPEG[-2:])
+
+
+def gif_with(extension: bytes) -> bytes:
+    """A small GIF with more between its header and its picture."""
+    content = encode(Image.new("L", (10, 10)), "GIF")
+    place = content.index(b"\x2c", 13)
+    return content[:place] + extension + content[place:]
+
+
+def tiff_with_tag(value_bytes: int) -> bytes:
+    """A small TIFF whose description has so many bytes."""
+    return encode(Image.new("L", (10, 10)), "TIFF", description="a" * value_bytes)
+
+
+INFLATING = png_chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(1_000_000)))
+COSTLY = {
+    "segments of a JPEG": GOOD_JPEG[:2] + b"\xff\xfe\x00\x02" * 60_000 + GOOD_JPEG[2:],
+    "fill bytes of a JPEG": GOOD_JPEG[:2] + b"\xff" * 120_000 + GOOD_JPEG[2:],
+    "resources of a JPEG": GOOD_JPEG[:2] + 30 * (b"\xff\xed\xea\x70" + b"8BIM".ljust(12, b"\0") * 5000)[:60_018] + GOOD_JPEG[2:],
+    "chunks of a PNG": GOOD_PNG[:33] + png_chunk(b"abCd", b"") * 60_000 + GOOD_PNG[33:],
+    "data chunks of a PNG": GOOD_PNG[:33] + png_chunk(b"IDAT", b"") * 60_000 + GOOD_PNG[33:],
+    "profiles of a PNG that inflate": GOOD_PNG[:33] + INFLATING * 120 + GOOD_PNG[33:],
+    "blocks of a GIF": gif_with(b"\x21\xfe" + b"\x01a" * 60_000 + b"\0"),
+    "junk in a GIF": gif_with(b"\x01" * 120_000),
+    "Exif of a WebP": encode(Image.new("L", (10, 10)), "WEBP", exif=b"Exif\0\0" + tiff_with_tag(2_100_000)),
+    "bytes of a progressive JPEG": encode(Image.new("L", (10, 10)), "JPEG", progressive=True) + bytes(8_100_000),
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_file_that_takes_too_many_steps_is_refused(name: str) -> None:
+    """Pillow loops in Python over all of these: at the limit of a body they would hold a worker for many seconds."""
+    with pytest.raises(ImageTooLarge, match="got image files of too many chunks, segments, tags or progressive bytes"):
+        decode_image(COSTLY[name])
+
+
+def test_steps_of_several_files_are_counted_together() -> None:
+    budget = DecodingBudget()
+    content = GOOD_PNG[:33] + INFLATING * 40 + GOOD_PNG[33:]
+    for _ in range(2):
+        decode_image(content, budget)
+    assert 10_000 < budget.steps_left < MAX_STEPS - 80_000
+    with pytest.raises(ImageTooLarge):
+        decode_image(content, budget)
+
+
+def test_ordinary_files_take_few_steps() -> None:
+    """A thousand pictures fit into one request."""
+    for image_format in ACCEPTED_FORMATS:
+        budget = DecodingBudget()
+        decode_image(encode(Image.new("L", (28, 28), 9), image_format), budget)
+        assert MAX_STEPS - budget.steps_left < MAX_STEPS / 1024, image_format
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(tiff_with_tag(1_100_000), "got a TIFF with a tag of more than 1,000,000 bytes", id="long tag"),
+        pytest.param(encode(Image.new("L", (9, 9)), "TIFF", compression="lzma"), "TIFF with LZMA compression", id="LZMA"),
+        pytest.param(
+            b"BM"
+            + struct.pack("<IHHIIiiHHIIiiII", 0, 0, 0, 1078, 40, 9, 9, 1, 8, 1, 0, 0, 0, 256, 0)
+            + bytes(1024)
+            + b"\x09\x01" * 9,
+            "got a BMP of run lengths",
+            id="run lengths",
+        ),
+    ],
+)
+def test_encoding_that_is_slow_to_decode_is_refused(content: bytes, message: str) -> None:
+    with pytest.raises(UnreadableImage, match=message):
+        decode_image(content)
 
 
 def test_foreign_errors_are_chained() -> None:

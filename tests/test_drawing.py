@@ -133,17 +133,19 @@ def test_signed_numbers_need_a_colour_map_that_diverges(colormap: Colormap) -> N
         Style(colormap=colormap)
 
 
-def test_percentile_says_from_which_number_on_colours_are_full() -> None:
-    """Of the absolute numbers 0, 1, ... 100 the 50th percentile is 50: -50 and beyond are full blue, 25 is half of full red."""
-    numbers = np.arange(101, dtype=np.float32)[None]
-    numbers[:, 40:] *= -1
-    style = Style(size=101, layout=Layout.MAP, clip_percentile=50)
-    clipped, unclipped = drawn(row_of(numbers), style)[0], drawn(row_of(numbers), map_style(size=101))[0]
-    assert (clipped[50:] == FULL_BLUE).all()
-    assert (clipped[49] != FULL_BLUE).any()
-    np.testing.assert_array_equal(clipped[25], unclipped_colour_of_half())
-    assert (unclipped[99] != FULL_BLUE).any()
-    assert (unclipped[100] == FULL_BLUE).all()
+@pytest.mark.parametrize("zeros", [0, 1, 900], ids=lambda zeros: f"beside {zeros} zeros")
+def test_percentile_says_from_which_number_on_colours_are_full(zeros: int) -> None:
+    """Of the absolute numbers 1, 2, ... 99 the 50th percentile is 50: -50 and beyond are full blue, 25 is half of full red."""
+    numbers = np.concatenate([np.arange(1, 100, dtype=np.float32), np.zeros(zeros, np.float32)])[None]
+    numbers[:, 39:] *= -1
+    style = Style(size=99 + zeros, layout=Layout.MAP, clip_percentile=50)
+    clipped, unclipped = drawn(row_of(numbers), style)[0], drawn(row_of(numbers), map_style(size=99 + zeros))[0]
+    assert (clipped[49:99] == FULL_BLUE).all()
+    assert (clipped[48] != FULL_BLUE).any()
+    np.testing.assert_array_equal(clipped[24], unclipped_colour_of_half())
+    assert (unclipped[97] != FULL_BLUE).any()
+    assert (unclipped[98] == FULL_BLUE).all()
+    assert (clipped[99:] == NEUTRAL).all()
 
 
 def unclipped_colour_of_half() -> list[int]:
@@ -487,7 +489,7 @@ def test_largest_drawing_of_noise_fits_into_a_reply() -> None:
 def test_same_input_gives_the_same_bytes(network: nn.Module, digit_batch: torch.Tensor) -> None:
     _, (explanation,) = predict_and_explain(network, digit_batch[:1], [tuple(range(10))])
     assert explanation is not None
-    row = Row(digit_batch[0, 0].numpy(), explanation.maps[:, 0].numpy(), explanation.classes)
+    row = Row(digit_batch[0, 0].numpy(), explanation.maps[:, 0], explanation.classes)
     for layout in Layout:
         assert draw([row], Style(layout=layout)) == draw([row], Style(layout=layout))
 
@@ -495,7 +497,7 @@ def test_same_input_gives_the_same_bytes(network: nn.Module, digit_batch: torch.
 def test_every_pixel_of_a_real_map_has_the_colour_of_its_sign(network: nn.Module, digit_batch: torch.Tensor) -> None:
     _, (explanation,) = predict_and_explain(network, digit_batch[:1], [(None,)])
     assert explanation is not None
-    saliency = explanation.maps[0, 0].numpy()
+    saliency = explanation.maps[0, 0]
     row = Row(digit_batch[0, 0].numpy(), saliency[None], explanation.classes)
     cells = np.array(one_pixel_each(drawn(row, Style(layout=Layout.MAP)), 28, 28)).astype(int)
     redness = cells[..., 0] - cells[..., 2]

@@ -19,14 +19,15 @@ HANDLER_IMPORTS = {  # module -> the handler modules that it may import
     "reply": {"errors", "request", "kserve", "drawing"},
     "describe": {"decode", "drawing", "kserve", "request", "prepare"},
     "saliency": set[str](),
+    "one_pass": {"saliency"},
     "archive": set[str](),
     "prepare": {"errors", "kserve", "request", "decode", "arrays", "canonical"},
-    "digit_handler": {"errors", "request", "prepare", "reply", "describe", "saliency", "archive"},
+    "digit_handler": {"errors", "request", "prepare", "reply", "describe", "saliency", "one_pass", "archive"},
 }
 OUTSIDE = {  # package -> the only handler modules that may import it
     "ts": {"digit_handler"},
     "PIL": {"decode", "drawing"},
-    "torch": {"saliency", "archive", "digit_handler"},
+    "torch": {"saliency", "one_pass", "archive", "digit_handler"},
     "orjson": {"reply"},
 }
 HANDLER_FILES = sorted((ROOT / "handler").glob("*.py"))

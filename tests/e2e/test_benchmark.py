@@ -54,7 +54,7 @@ def test_same_answers_pass(running: Running, pictures: list[bytes]) -> None:
 
 def test_another_map_is_found(running: Running, pictures: list[bytes]) -> None:
     """The system of that name explains class 0, and the server behind it does not."""
-    with pytest.raises(BenchmarkError, match=r"saliency has a map that differs from that of ours by \d"):
+    with pytest.raises(BenchmarkError, match=r"saliency has maps that differ from those of ours by \d"):
         check_answers({"ours": running, "saliency": running}, pictures)
 
 

@@ -1,0 +1,141 @@
+"""The derived pass: the same numbers as autograd's, for any network, and never used where it is not."""
+
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from handler.one_pass import OnePass, load_one_pass, to_channels_last
+from handler.saliency import Autograd, freeze
+from model.network import DigitNetwork
+from scripts.derive import derive_one_pass
+
+Shape = tuple[int, int, int]
+
+
+def networks() -> dict[str, tuple[nn.Module, Shape]]:
+    """Networks of many forms, with the shape of their input."""
+    torch.manual_seed(0)
+    return {
+        "digits": (DigitNetwork(), DigitNetwork.INPUT_SHAPE),
+        "linear": (nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), (1, 3, 4)),
+        "colours, strides, normalisation": (
+            nn.Sequential(
+                nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 8, 3, groups=4), nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+            ),
+            (3, 17, 20),
+        ),
+        "wide kernels and no padding": (
+            nn.Sequential(nn.Conv2d(2, 4, 5), nn.Tanh(), nn.Conv2d(4, 4, (1, 3), padding=(0, 1), bias=False), nn.ReLU(),
+                nn.MaxPool2d(3, stride=2, padding=1), nn.Flatten(), nn.Linear(4 * 36, 3)),
+            (2, 15, 15),
+        ),
+        "more padding than a kernel reaches": (
+            nn.Sequential(nn.Conv2d(1, 2, 1, padding=2), nn.Sigmoid(), nn.Flatten(), nn.Linear(2 * 81, 3)), (1, 5, 5)
+        ),
+        "relu that two layers read": (Branching(), (1, 6, 6)),
+    }  # fmt: skip
+
+
+class Branching(nn.Module):
+    """A ReLU that is pooled and also read as it is, so that the pool cannot be moved before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 3, 3, padding=1)
+        self.lin = nn.Linear(3 * 9 + 3 * 36, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.conv(x))
+        logits: torch.Tensor = self.lin(torch.cat([torch.max_pool2d(x, 2).flatten(1), x.flatten(1)], dim=1))
+        return logits
+
+
+def write_pass(network: nn.Module, shape: Shape, folder: Path) -> Path:
+    file = folder / "one_pass.py"
+    file.write_text(derive_one_pass(network, shape))
+    return file
+
+
+@pytest.mark.parametrize("name", networks())
+def test_derived_pass_gives_autograds_numbers(name: str, tmp_path: Path) -> None:
+    """In float64, where nothing differs but the order of operations."""
+    network, shape = networks()[name]
+    network = freeze(network)
+    file = write_pass(network, shape, tmp_path)
+    one_pass, reference = load_one_pass(file, network.double(), shape), Autograd(network)
+    assert isinstance(one_pass, OnePass)
+    random = torch.Generator().manual_seed(1)
+    for row_count, explained_count in ((1, 1), (5, 5), (6, 2)):
+        pixels = torch.rand(row_count, *shape, generator=random, dtype=torch.float64)
+        (logits, saved), (expected, expected_saved) = (d.score(pixels, explained_count) for d in (one_pass, reference))
+        torch.testing.assert_close(logits, expected)
+        cotangents = torch.randn(explained_count, expected.shape[1], generator=random, dtype=torch.float64)
+        gradients = one_pass.pull_back(saved, cotangents)
+        assert gradients.shape == (explained_count, *shape)
+        torch.testing.assert_close(gradients, reference.pull_back(expected_saved, cotangents))
+
+
+def test_derived_pass_pools_before_relu_and_convolves_backwards() -> None:
+    source = derive_one_pass(DigitNetwork(), DigitNetwork.INPUT_SHAPE)
+    forward = source[source.index("def forward") : source.index("def backward")]
+    called = re.findall(r"torch\..*?(convolution|max_pool2d_with_indices|relu|addmm)\(", forward)
+    assert called == ["convolution", "max_pool2d_with_indices", "relu"] * 2 + ["addmm"]
+    assert "convolution_backward" not in source
+    assert "autograd" not in source.partition("import torch")[2]
+
+
+def test_source_is_the_same_every_time() -> None:
+    assert derive_one_pass(DigitNetwork(), (1, 28, 28)) == derive_one_pass(DigitNetwork(), (1, 28, 28))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("return div_1", "return -div_1", "differs from autograd"),
+        ("return div_1", "return div_1 * float('nan')", "differs from autograd"),
+        ("return div_1", "return div_1[:, :, 1:]", "cannot be used, autograd is: ValueError"),
+        ("torch.relu(", "torch.no_such_operator(", "cannot be used, autograd is: AttributeError"),
+        ("import torch\n", "import no_such_module\n", "cannot be used, autograd is: ModuleNotFoundError"),
+        ("(row_count, 2048)", "(1, 2048)", "cannot be used, autograd is: RuntimeError"),
+    ],
+    ids=["wrong sign", "NaN", "another shape", "unknown operator", "import", "fixed batch size"],
+)
+def test_pass_that_is_not_autograds_is_not_used(
+    network: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture, old: str, new: str, message: str
+) -> None:
+    file = write_pass(network, DigitNetwork.INPUT_SHAPE, tmp_path)
+    source = file.read_text()
+    assert old in source
+    file.write_text(source.replace(old, new))
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(load_one_pass(file, network, DigitNetwork.INPUT_SHAPE), Autograd)
+    assert message in caplog.text
+
+
+def test_missing_pass_is_not_used(network: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert isinstance(load_one_pass(tmp_path / "none.py", network, DigitNetwork.INPUT_SHAPE), Autograd)
+    assert "none.py cannot be used" in caplog.text
+
+
+def test_results_can_be_changed(network: nn.Module, tmp_path: Path) -> None:
+    """They are ordinary arrays, not bound to inference mode."""
+    one_pass = load_one_pass(write_pass(network, DigitNetwork.INPUT_SHAPE, tmp_path), network, DigitNetwork.INPUT_SHAPE)
+    pixels = torch.rand(2, 1, 28, 28)
+    _, saved = one_pass.score(pixels, 2)
+    first = one_pass.pull_back(saved, torch.eye(10)[:2]).clone()
+    one_pass.pull_back(saved, torch.eye(10)[2:4])
+    torch.testing.assert_close(one_pass.pull_back(saved, torch.eye(10)[:2]), first, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_last_changes_the_layout_alone(channels: int) -> None:
+    tensor = torch.rand(2, channels, 4, 5)
+    moved = to_channels_last(tensor)
+    assert torch.equal(moved, tensor)
+    assert moved.stride() == (20 * channels, 1, 5 * channels, channels)
+    assert to_channels_last(tensor[0]) is not None
