@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
+import psutil
 import pytest
 
 from scripts import benchmark
 from scripts.benchmark import BenchmarkError, check_answers, dithered
-from scripts.peers.systems import Running
+from scripts.peers.systems import SYSTEMS, Running, Workplace
 from scripts.serve import TorchServe
 from tests.conftest import DIGIT_FILES
 
@@ -50,6 +51,20 @@ def test_same_answers_pass(running: Running, pictures: list[bytes]) -> None:
     assert check_answers({"ours": running, "mosec": running, "stock-1": running}, pictures) == {
         "mosec": pytest.approx(0, abs=1e-5)
     }
+
+
+@pytest.mark.parametrize("name", ["saliency", "fastapi", "mosec"])
+def test_peer_gives_the_same_answers(
+    running: Running, pictures: list[bytes], tmp_path_factory: pytest.TempPathFactory, name: str
+) -> None:
+    peer = SYSTEMS[name]
+    if peer.missing():
+        pytest.skip(f"not installed: {', '.join(peer.missing())}")
+    with peer.start(Workplace(tmp_path_factory.mktemp(name), workers=1)) as started:
+        assert check_answers({"ours": running, name: started}, pictures) == {name: pytest.approx(0, abs=1e-5)}
+        processes = started.processes()
+        assert processes
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
 
 
 def test_another_map_is_found(running: Running, pictures: list[bytes]) -> None:
