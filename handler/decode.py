@@ -41,6 +41,7 @@ PROGRESSIVE_BYTES_A_STEP = 80  # 8 MB in all: they take four times as long as th
 MAX_TAG_BYTES = 1_000_000  # of a TIFF, whose numbers Pillow makes Python objects
 SLOW_COMPRESSIONS = (1, 2, "lzma")  # BMP's run lengths, which Pillow decodes in Python, and a TIFF's LZMA: seconds at MAX_PIXELS
 
+EXIF_HOLDERS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # names under which Pillow keeps what may say it
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -187,11 +188,12 @@ def _steps_of_data(image: Image.Image, content: bytes) -> int:
 
 def _grey(image: Image.Image) -> NDArray[np.float32]:
     image.load()  # a TIFF turns itself upright then, and forgets its orientation
-    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1)) if any(map(image.info.get, EXIF_HOLDERS)) else None
     full_scale = 65535 if image.mode.startswith("I;16") else None
     is_deep = image.mode.startswith(("I", "F"))  # 16 or 32 bits, integers or floats
     if not is_deep:
-        image = _lay_over_paper(image.convert("LA")) if image.has_transparency_data else image.convert("L")
+        image = _lay_over_paper(image.convert("LA")) if image.has_transparency_data else image
+        image = image if image.mode == "L" else image.convert("L")
     if turn is not None:
         image = image.transpose(turn)
     levels = np.asarray(image)

@@ -141,6 +141,8 @@ def fit_batch(replies: Sequence[Reply], max_bytes: int = MAX_BATCH_BYTES) -> lis
     """
     fitted = list(replies)
     size = sum(len(reply.body) for reply in fitted)
+    if size <= max_bytes:
+        return fitted
     largest_first = sorted(range(len(fitted)), key=lambda index: len(fitted[index].body), reverse=True)
     for index in largest_first:
         if size <= max_bytes:

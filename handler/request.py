@@ -461,6 +461,7 @@ STYLE_OPTIONS = tuple(field.name for field in dataclasses.fields(Style))  # the 
 # --- the reply's format
 
 
+@functools.lru_cache(maxsize=256)
 def _negotiate(accept: str, *, explain: bool) -> ReplyFormat:
     """Choose the reply's format by the Accept header (RFC 9110, section 12.5.1). Without one it is JSON."""
     if not accept.strip():
