@@ -336,9 +336,9 @@ def _ask(running: Running, route: str, picture: bytes, headers: Mapping[str, str
 COLUMNS = (
     "system",
     "explanations/s",
-    "a lone client's p50, ms",
+    "explanation, a lone client's p50, ms",
     "predictions/s",
-    "a lone client's p50, ms",
+    "prediction, a lone client's p50, ms",
     "worker, MiB resident (own)",
     "ready after, s",
     "errors",
@@ -501,8 +501,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Start, check, measure, report. Returns the exit code: 1 where a system did not start, was wrong, or failed requests."""
     arguments = build_parser().parse_args(argv)
     installed = [name for name in arguments.systems if not SYSTEMS[name].missing()]
-    for name in set(arguments.systems) - set(installed):
-        print(f"{name}: not installed ({', '.join(SYSTEMS[name].missing())})", file=sys.stderr)
+    not_installed = {name: SYSTEMS[name].missing() for name in arguments.systems if name not in installed}
+    for name, packages in not_installed.items():
+        print(f"{name}: not installed ({', '.join(packages)})", file=sys.stderr)
     conditions = {
         "command": shlex.join(["python", "-m", "scripts.benchmark", *(sys.argv[1:] if argv is None else argv)]),
         "date": time.strftime("%Y-%m-%d"),
@@ -510,6 +511,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rounds": arguments.rounds,
         "seconds": arguments.seconds,
         "workers": arguments.workers,
+        "not_installed": not_installed,
+        "config_properties": (SERVE_CONFIG / "config.properties").read_text(),
         "model_config": yaml.safe_load((SERVE_CONFIG / "model-config.yaml").read_text()),
     }
     pictures = [file.read_bytes() for file in PICTURES]
