@@ -95,6 +95,16 @@ def test_round_without_replies_of_the_others_has_no_ratio(results: Results) -> N
         dataclasses.replace(results, measurements=tuple(silent)).ratios(GOAL["explain_rate", "noop"])
 
 
+def test_ratio_without_a_bound_is_neither_reached_nor_missed(results: Results) -> None:
+    goal = GOAL["explain_rate", "stock-tuned"]
+    assert goal.is_reached(3.0) is None
+    tuned = [dataclasses.replace(one, system="stock-tuned") for one in results.measurements if one.system == "stock-1"]
+    ready_s = {**results.ready_s, "stock-tuned": 1.0}
+    memory = {**results.memory, "stock-tuned": Memory(700, 400)}
+    more = dataclasses.replace(results, measurements=(*results.measurements, *tuned), ready_s=ready_s, memory=memory)
+    assert f"| {goal.title} | 50.00 |  |  |" in render_table(more)
+
+
 def test_spread_is_median_least_and_largest() -> None:
     assert Spread.of([5, 1, 2, 9]) == Spread(3.5, 1, 9)
 

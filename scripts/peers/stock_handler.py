@@ -17,8 +17,10 @@ class StockDigitClassifier(ImageClassifier):
     image_processing = transforms.Compose([transforms.ToTensor()])
 
     def initialize(self, context: Context) -> None:
-        """Load the network; one thread a worker, as in the service that it is compared with."""
-        torch.set_num_threads(1)
+        """Load the network. Threads are as many as published, one a core, unless the configuration says `torch_threads`."""
+        settings = context.model_yaml_config.get("handler", {})
+        if "torch_threads" in settings:
+            torch.set_num_threads(settings["torch_threads"])
         super().initialize(context)
 
     def postprocess(self, data: torch.Tensor) -> list[int]:

@@ -1,7 +1,7 @@
 """The services that the benchmark compares: what each needs, how it is started, what it answers.
 
-Every one runs on CPUs, on the loopback address, with one thread of torch a worker and the same number of workers. The ones on
-TorchServe are started by `scripts.serve`, with the configuration of this service.
+Every one runs on CPUs, on the loopback address, with the same number of workers and, but for TorchServe's example as published,
+one thread of torch a worker. The ones on TorchServe are started by `scripts.serve`, with the configuration of this service.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -106,7 +107,9 @@ class System:
 
 
 @contextlib.contextmanager
-def _start_torchserve(archive: Path, workplace: Workplace, **model_config: int) -> Iterator[Running]:
+def _start_torchserve(
+    archive: Path, workplace: Workplace, model_config: Mapping[str, Any] = MappingProxyType({})
+) -> Iterator[Running]:
     started = time.perf_counter()
     settings = Settings(
         archive=archive,
@@ -128,13 +131,16 @@ def _start_ours(workplace: Workplace) -> AbstractContextManager[Running]:
     return _start_torchserve(archive, workplace)
 
 
-def _start_stock(workplace: Workplace, handler: str, name: str, **model_config: int) -> AbstractContextManager[Running]:
+def _start_stock(
+    workplace: Workplace, handler: str, name: str, model_config: Mapping[str, Any] = MappingProxyType({})
+) -> AbstractContextManager[Running]:
+    """Start a handler of the stock kind; `model_config` replaces keys of model-config.yaml."""
     weights = io.BytesIO()
     torch.save(safetensors.torch.load_file(WEIGHTS_FILE), weights)
     files = {"network.py": MODEL_FILE.read_bytes(), "weights.pt": weights.getvalue()}
     manifest = {"modelFile": "network.py", "serializedFile": "weights.pt"}
     archive = _build_peer_archive(workplace.folder / f"{name}.mar", handler, files, manifest)
-    return _start_torchserve(archive, workplace, **model_config)
+    return _start_torchserve(archive, workplace, model_config)
 
 
 def _start_noop(workplace: Workplace) -> AbstractContextManager[Running]:
@@ -208,19 +214,25 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], route: str, log_fil
 SYSTEMS: dict[str, System] = {
     "ours": System("this service", Explains.PREDICTED, (), _start_ours),
     "stock-1": System(
-        "TorchServe's MNIST example (captum IntegratedGradients, 15 steps), batches of 1",
+        "TorchServe's MNIST example as published (captum IntegratedGradients, 15 steps; a thread a core), batches of 1",
         Explains.OTHER,
         ("captum",),
-        partial(_start_stock, handler="stock_handler.py", name="stock1", batchSize=1),
+        partial(_start_stock, handler="stock_handler.py", name="stock1", model_config={"batchSize": 1, "handler": {}}),
     ),
     "stock-8": System(
         "the same, batches of 8",
         Explains.OTHER,
         ("captum",),
-        partial(_start_stock, handler="stock_handler.py", name="stock8", batchSize=8),
+        partial(_start_stock, handler="stock_handler.py", name="stock8", model_config={"batchSize": 8, "handler": {}}),
+    ),
+    "stock-tuned": System(
+        "the same, batches of 1, one thread a worker",
+        Explains.OTHER,
+        ("captum",),
+        partial(_start_stock, handler="stock_handler.py", name="stocktuned", model_config={"batchSize": 1}),
     ),
     "saliency": System(
-        "the same with captum Saliency",
+        "the same with captum Saliency, batches of 8, one thread a worker",
         Explains.CLASS_0,
         ("captum",),
         partial(_start_stock, handler="saliency_handler.py", name="saliency"),
