@@ -249,8 +249,8 @@ def _progress(name: str, settings: Settings, interrupted: threading.Event) -> It
         yield tick
 
 
-def describe_machine() -> dict[str, str]:
-    """Hardware and versions of the machine that sends, as far as they can be found out."""
+def describe_machine(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Hardware of the machine that sends, and versions of packages, as far as they can be found out."""
     gigabytes = psutil.virtual_memory().total / 2**30
     machine = {
         "CPU": _cpu_model(),
@@ -264,7 +264,7 @@ def describe_machine() -> dict[str, str]:
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         machine["GPU"] = "; ".join(subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines())
-    for package in PACKAGES:
+    for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             machine[package] = importlib.metadata.version(package)
     return machine
