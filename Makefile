@@ -69,7 +69,7 @@ localise: .venv/.installed-dev ## find digits in photographs by their maps; a se
 	$(BIN)/python -m scripts.photograph tests/digits/3-4.png tests/digits/5-1.png --output-dir build/photographs
 	$(BIN)/python -m scripts.localise "build/photographs/3-4 phone.jpg" "build/photographs/3-4 blackboard.jpg" \
 		"build/photographs/5-1 ruled paper.jpg" "build/photographs/5-1 canvas.png" \
-		--size 196 --columns 2 --output .github/localised.png $(ARGS)
+		--size 168 --columns 2 --output .github/localised.png $(ARGS)
 
 lock: .venv/.installed-dev ## resolve pyproject.toml into requirements*.txt, with hashes
 	$(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --no-header --quiet --upgrade -o requirements.txt
