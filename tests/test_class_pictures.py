@@ -13,7 +13,7 @@ from torch import nn
 from handler.saliency import freeze
 from scripts.class_pictures import draw_class_pictures, main, make_class_pictures
 from scripts.package import ROOT
-from tests.conftest import DIGIT_FILES, label_of
+from tests.conftest import DIGIT_FILES, label_of, write_mnist
 
 WEIGHTS = ROOT / "model" / "weights.safetensors"
 
@@ -62,14 +62,10 @@ def test_drawing_has_a_labelled_panel_for_each_class() -> None:
 def data_dir(tmp_path_factory: pytest.TempPathFactory, digit_pixels: NDArray[np.float32]) -> Path:
     """The test digits as MNIST's four files."""
     root: Path = tmp_path_factory.mktemp("data")
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
     images = np.rint(digit_pixels * 255).astype(np.uint8)
     labels = np.array([label_of(file) for file in DIGIT_FILES], dtype=np.uint8)
     for name in ("train", "t10k"):
-        sizes = np.array([0x803, *images.shape], dtype=">i4").tobytes()
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(sizes + images.tobytes())
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(np.array([0x801, len(labels)], dtype=">i4").tobytes() + labels.tobytes())
+        write_mnist(root, name, images, labels)
     return root
 
 

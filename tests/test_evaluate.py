@@ -35,7 +35,7 @@ from scripts.evaluate import (
 )
 from scripts.evaluation_report import Estimate, Gate, Report, Table, judge, render_html, render_json, render_text
 from scripts.package import ROOT
-from tests.conftest import DIGIT_FILES, label_of
+from tests.conftest import DIGIT_FILES, label_of, write_mnist
 
 WEIGHTS = ROOT / "model" / "weights.safetensors"
 
@@ -344,15 +344,11 @@ def test_page_needs_nothing_from_elsewhere_and_is_the_same_every_time(report: Re
 def data_dir(tmp_path_factory: pytest.TempPathFactory, digit_pixels: NDArray[np.float32]) -> Path:
     """The test digits as MNIST's four files; three of them are labelled wrong, so that they count as misread."""
     root: Path = tmp_path_factory.mktemp("data")
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
     images = np.rint(digit_pixels * 255).astype(np.uint8)
     labels = np.array([label_of(file) for file in DIGIT_FILES], dtype=np.uint8)
     labels[:3] += 1
     for name in ("train", "t10k"):
-        sizes = np.array([0x803, *images.shape], dtype=">i4").tobytes()
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(sizes + images.tobytes())
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(np.array([0x801, len(labels)], dtype=">i4").tobytes() + labels.tobytes())
+        write_mnist(root, name, images, labels)
     return root
 
 

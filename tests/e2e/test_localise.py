@@ -31,6 +31,6 @@ def test_digits_are_found_in_photographs_by_a_servers_maps(
     assert [match and match[1] for match in found] == ["5", "3"]
     assert all(match and float(match[2]) > 0.8 for match in found)
     assert "overlap" not in lines[2]
-    assert lines[3].startswith("mean overlap 0.")
+    assert lines[3].startswith("2 of 2 found, mean overlap 0.")
     with Image.open(output) as image:
         assert image.width > 4 * 224
