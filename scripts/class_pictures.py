@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -46,8 +47,8 @@ def make_class_pictures(
     targets = [(target,) for target in range(class_count)]
     for _ in tqdm(range(steps), desc="ascent", unit="step", disable=None):
         _, explanations = predict_and_explain(network, start + made, targets)
-        slopes = torch.cat([explanation.maps for explanation in explanations if explanation is not None])
-        made += STEP_SHARE / (2 * regularisation) * (slopes - 2 * regularisation * made)  # grad S - 2 lambda I
+        slopes = np.concatenate([explanation.maps for explanation in explanations if explanation is not None])
+        made += STEP_SHARE / (2 * regularisation) * (torch.from_numpy(slopes) - 2 * regularisation * made)  # grad S - 2 lambda I
     return made
 
 

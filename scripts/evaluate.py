@@ -56,7 +56,8 @@ def gradient(network: nn.Module, pixels: torch.Tensor, targets: torch.Tensor) ->
         float (N, H, W), signed.
     """
     _, explanations = predict_and_explain(network, pixels, [(target,) for target in targets.tolist()])
-    return torch.cat([explanation.maps for explanation in explanations if explanation is not None]).squeeze(1)
+    maps = np.concatenate([explanation.maps for explanation in explanations if explanation is not None])  # (N, 1, H, W)
+    return torch.from_numpy(maps).squeeze(1)
 
 
 METHODS: dict[str, MapFunction] = {"gradient": gradient}

@@ -32,7 +32,7 @@ def map_of(network: nn.Module, grey: Numbers) -> Numbers:
     prepared = prepare(grey, 28, 28)
     _, (explanation,) = predict_and_explain(network, torch.from_numpy(prepared.pixels)[None, None], [(None,)])
     assert explanation is not None
-    return np.asarray(prepared.pull_back(explanation.maps[:, 0].numpy())[0], dtype=np.float32)
+    return np.asarray(prepared.pull_back(explanation.maps[:, 0])[0], dtype=np.float32)
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 200), (60, 90)], ids=["shrunk", "enlarged"])
