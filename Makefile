@@ -43,8 +43,7 @@ evaluate: .venv/.installed-dev ## measure the maps beside controls; fails where 
 load: .venv/.installed-dev ## put a running server under load and report; ARGS="--rates 100,200,400 ..." (--help shows all)
 	$(BIN)/python -m scripts.load_test $(ARGS)
 
-benchmark: .venv/.installed-dev ## measure this service beside its peers (a quarter of an hour); ARGS="--rounds 3 --systems noop,mosec"
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --group peers
+benchmark: .venv/.installed-peers ## measure this service beside its peers (a quarter of an hour); ARGS="--rounds 3 --systems noop,mosec"
 	$(BIN)/python -m scripts.benchmark_step
 	$(BIN)/python -m scripts.benchmark $(ARGS)
 
@@ -75,6 +74,8 @@ lock: .venv/.installed-dev ## resolve pyproject.toml into requirements*.txt, wit
 	$(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --no-header --quiet --upgrade -o requirements.txt
 	$(BIN)/uv pip compile pyproject.toml --group dev --constraint requirements.txt --universal --generate-hashes --no-header \
 		--quiet --upgrade -o requirements-dev.txt
+	$(BIN)/uv pip compile --group peers --constraint requirements-dev.txt --universal --generate-hashes --no-header \
+		--quiet --upgrade -o requirements-peers.txt
 
 clean: ## remove what was built, except .venv
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache
@@ -91,4 +92,8 @@ build/digits.mar: .venv/.installed $(SOURCES)
 
 .venv/.installed-dev: .venv/.installed requirements-dev.txt
 	$(PIP) install --require-hashes -r requirements-dev.txt
+	@touch $@
+
+.venv/.installed-peers: .venv/.installed-dev requirements-peers.txt
+	$(PIP) install --require-hashes -r requirements-peers.txt
 	@touch $@
