@@ -41,7 +41,7 @@ NEAR_SPECK_SHARE = 0.03  # the same within NEAR_GAP of the largest piece's box: 
 NEAR_GAP = 0.12  # of the largest piece's size
 LINK_SHARE = 0.02  # of the longer side: pieces that are as near to each other as twice this are one
 BORDER_PIECE_FACTOR = 6  # a piece that touches the border is the digit only if it is this much larger than all others
-FINEST_STROKE, BOLDEST_STROKE = 2.5, 4.5  # pixels of the network's picture: others are drawn as wide; MNIST's are 2 to 4
+FINEST_STROKE, BOLDEST_STROKE = 2.5, 4.0  # pixels of the network's picture: others are drawn as wide; MNIST's are 2 to 4
 RIDGE_SLOPE = 0.6  # of depth into the ink: 0 on a stroke's middle line, 0.7 towards a right-angled corner, 1 elsewhere
 DRAWING_MARGIN = 20  # pixels of the working copy: hair lines at its border are drawn beyond it
 CLEARANCE = 1.5  # pixels of the network's picture around the ink that still count as its soft edge
@@ -337,18 +337,20 @@ def _place(view: _View, ink: _Ink, height: int, width: int) -> Preparation:
     centre_y, centre_x = (float((axis * strokes[ys, xs]).sum() / strokes[ys, xs].sum()) + 0.5 for axis in (ys, xs))
     place_y = _placement(strokes.shape[0], ys.min(), ys.max() + 1, centre_y, scale, height)
     place_x = _placement(strokes.shape[1], xs.min(), xs.max() + 1, centre_x, scale, width)
-    pixels = np.asarray(np.clip(place_y @ strokes @ place_x.T, 0, 1), dtype=np.float32)
+    placed: Array = np.asarray(place_y @ strokes @ place_x.T, dtype=np.float32)
+    gain = 1 / float(placed.max() * full)
+    pixels: Array = placed / placed.max()
     place_y, place_x = place_y[:, DRAWING_MARGIN:-DRAWING_MARGIN], place_x[:, DRAWING_MARGIN:-DRAWING_MARGIN]
 
     rows, columns = place_y @ view.rows, place_x @ view.columns
-    slope = ink.sign / full
+    slope = ink.sign * gain
     offset = np.asarray(pixels - slope * (place_y @ view.working @ place_x.T), dtype=np.float32)
     left, top, right, bottom = view.to_picture(ink.box)
     steps = [f"found ink {'brighter' if ink.sign > 0 else 'darker'} than its paper by more than {ink.threshold:.2f}"]
     if ink.sign < 0:
         steps.append("inverted")
     steps.append(f"scaled its {right - left:.0f}x{bottom - top:.0f} pixels to {INK_SHARE * min(height, width):.0f}")
-    steps += ["centred by its mass", f"stretched its contrast by {1 / full:.2f}"]
+    steps += ["centred by its mass", f"stretched its contrast by {gain:.2f}"]
     box = (int(np.floor(left)), int(np.floor(top)), int(np.ceil(right)), int(np.ceil(bottom)))
     return Preparation(rows, columns, slope, offset, pixels, tuple(steps), box, round(ink.threshold, 4))
 
@@ -363,7 +365,8 @@ def _draw(ink: _Ink, full: float, size: float) -> tuple[Array, NDArray[np.bool_]
         float32 (h' + 2 margin, w' + 2 margin), strokes in [0, 1] with their soft edges, DRAWING_MARGIN wider on each side than
         the working copy; and bool of the same shape, without the edges.
     """
-    mask, others, contrast = (np.pad(part, DRAWING_MARGIN) for part in (ink.mask, ink.others, ink.contrast))
+    mask, others = np.pad(ink.mask, DRAWING_MARGIN), np.pad(ink.others, DRAWING_MARGIN)
+    contrast = np.pad(ink.contrast, DRAWING_MARGIN)
     depth = ndimage.distance_transform_edt(mask)
     slope_y, slope_x = np.gradient(depth)
     middle = mask & ((np.hypot(slope_y, slope_x) < RIDGE_SLOPE) | (depth >= ndimage.maximum_filter(depth, 3)))
