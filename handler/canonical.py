@@ -13,6 +13,7 @@ import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy import ndimage, sparse
 
@@ -285,8 +286,11 @@ def _find_ink_with(working: Array, smooth: Array, sign: int, window: float) -> _
 def _polarity(smooth: Array) -> int:
     """1 for bright ink on dark paper, -1 for dark on bright. Ink is the rarer of the two, so it gives the longer tail."""
     step = max(smooth.shape) // POLARITY_SIZE or 1
-    small = ndimage.uniform_filter(smooth, step)[step // 2 :: step, step // 2 :: step]
-    paper = ndimage.median_filter(small, int(POLARITY_WINDOW * min(small.shape)) | 1, mode="nearest")  # keeps a shadow's edge
+    small = ndimage.uniform_filter(smooth, step)[::step, ::step]
+    window = int(POLARITY_WINDOW * min(small.shape)) | 1
+    around = sliding_window_view(np.pad(small, window // 2, mode="edge"), (window, window)).reshape(*small.shape, -1)
+    # A local median keeps a shadow's edge. In scipy.ndimage it takes twenty times as long.
+    paper = np.partition(around, around.shape[-1] // 2, axis=-1)[..., around.shape[-1] // 2]
     return 1 if ((small - paper) ** 3).sum() > 0 else -1
 
 
