@@ -8,7 +8,7 @@ SOURCES := $(wildcard handler/*.py model/network.py) model/weights.safetensors s
            scripts/package.py scripts/derive.py scripts/prove_archive.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format package accuracy load fuzz train digits picture lock clean
+.PHONY: help setup serve test lint format package accuracy load benchmark fuzz train digits picture lock clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -38,6 +38,11 @@ accuracy: build/digits.mar ## send MNIST's test images through HTTP, plain and a
 
 load: .venv/.installed-dev ## put a running server under load and report; ARGS="--rates 100,200,400 ..." (--help shows all)
 	$(BIN)/python -m scripts.load_test $(ARGS)
+
+benchmark: .venv/.installed-dev ## measure this service beside its peers (a quarter of an hour); ARGS="--rounds 3 --systems noop,mosec"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --group peers
+	$(BIN)/python -m scripts.benchmark_step
+	$(BIN)/python -m scripts.benchmark $(ARGS)
 
 fuzz: .venv/.installed-dev ## fuzz the path of a request for ten minutes, guided by coverage; ARGS="--seconds 60"
 	$(PIP) install atheris==3.0.0

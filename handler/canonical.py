@@ -148,7 +148,7 @@ def _is_canonical(grey: Array, height: int, width: int) -> bool:
 
 def _median_is_below(limit: float, levels: Array) -> bool:
     """Compare a median with a limit, in a tenth of the time that the median itself takes."""
-    return np.count_nonzero(levels < limit) * 2 > levels.size
+    return bool(np.count_nonzero(levels < limit) * 2 > levels.size)
 
 
 def _margin(grey: Array) -> Array:

@@ -32,6 +32,7 @@ JPEG_PROGRESSIVE_MARKER = b"\xff\xc2"
 # Python over chunks, segments and tags, and what else costs time out of proportion to its bytes. A file as an encoder writes it
 # takes a few hundred, and one of 32 MiB ten thousand.
 MAX_STEPS = 100_000
+UNCOUNTED_BYTES = 16_384  # of a request's files: too few for reads that matter, and counting would double the time of a small one
 STEPS_OF_PARTS = {  # by the file's first bytes: Photoshop resources, Exif that is put together, texts of up to 1 MB when inflated
     b"\xff\xd8": {b"8BIM": 1, b"Exif\0\0": 100},
     b"\x89PNG": {b"iCCP": 1000, b"zTXt": 1000, b"iTXt": 1000},
@@ -80,6 +81,7 @@ class DecodingBudget:
     def __init__(self) -> None:
         self.pixels_left = MAX_PIXELS
         self.steps_left = MAX_STEPS
+        self.uncounted_bytes_left = UNCOUNTED_BYTES
 
     def take_pixels(self, width: int, height: int) -> None:
         """Count an image before it is decoded.
@@ -107,6 +109,12 @@ class DecodingBudget:
                 "accepted"
             )
         self.steps_left -= count
+
+
+    def open_file(self, content: bytes) -> BytesIO:
+        """Give a file for Pillow to read: one whose reads are counted, unless it is small."""
+        self.uncounted_bytes_left -= len(content)
+        return BytesIO(content) if self.uncounted_bytes_left >= 0 else _CountedFile(content, self)
 
 
 class _CountedFile(BytesIO):
@@ -148,7 +156,7 @@ def decode_image(content: bytes, budget: DecodingBudget | None = None) -> Pictur
     try:
         with (
             warnings.catch_warnings(action="ignore"),  # of damaged files, whose data they may show, and from half of MAX_PIXELS
-            Image.open(_CountedFile(content, budget), formats=ACCEPTED_FORMATS) as image,
+            Image.open(budget.open_file(content), formats=ACCEPTED_FORMATS) as image,
         ):
             budget.take_pixels(*image.size)
             if image.info.get("compression") in SLOW_COMPRESSIONS:

@@ -16,7 +16,7 @@
         +-- UnreadableArray    400  an .npy that is damaged, or whose elements are no pixels
         +-- BlankPicture       422  there is no ink in the picture
         +-- NotAcceptable      406  the Accept header allows no reply that could be given
-        +-- ImageTooLarge      413  more pixels than are decoded
+        +-- ImageTooLarge      413  more pixels, or more parts of a file, than are decoded
         +-- RequestTooLarge    413  more pictures, or maps, than one request may ask for
 
 A message says what was got and what is accepted, in ASCII, with the client's own values shortened.

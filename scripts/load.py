@@ -80,7 +80,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class FirstReply:
-    """The first good reply to a call, whole: `row` is its place among the records, `content` its head and body."""
+    """The first good reply in the window to a call, whole. `row` is its place among the records."""
 
     row: int
     head: bytes
@@ -442,8 +442,9 @@ class _Run:
         self._host = parts.hostname or ""
         self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
         port = parts.port or (443 if self._tls else 80)
-        found = socket.getaddrinfo(self._host, port, type=socket.SOCK_STREAM)[0]
-        self._family, self._peer = found[0], found[4]
+        found = socket.getaddrinfo(self._host, port, type=socket.SOCK_STREAM)
+        found.sort(key=lambda entry: entry[0] != socket.AF_INET)  # "localhost" has ::1 too, where few servers listen
+        self._family, self._peer = found[0][0], found[0][4]
         self._calls = calls
         self._turn = itertools.cycle(range(len(calls)))
         self._duration_s, self._warm_up_s, self._timeout_s = duration_s, warm_up_s, timeout_s
@@ -623,7 +624,7 @@ class _Run:
     def _end(self, connection: _Connection) -> None:
         """Note a complete reply, and put its connection to the next use."""
         reader, call = connection.reader, connection.call
-        if call not in self._first_replies and 200 <= reader.status < 300:
+        if call not in self._first_replies and 200 <= reader.status < 300 and connection.scheduled_s >= 0:
             self._first_replies[call] = FirstReply(len(self._columns["call"]), reader.head, reader.body)
         self._note(connection, reader.status, Failure.NONE)
         if reader.keeps_alive and connection.unsent is None:

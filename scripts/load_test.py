@@ -45,11 +45,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from scripts.load import QUANTILES, Call, Failure, Samples, Tick, build_call, run_closed, run_open
-from scripts.package import MODEL_NAME, ROOT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+ROOT = Path(__file__).resolve().parents[1]
+MODEL_NAME = "digits"  # as in scripts.package, which imports torch: seconds, and threads beside the one that measures
 KNEE_SERVED_SHARE = 0.98  # of what was offered
 KNEE_P99_GROWTH = 5.0  # against the lowest rate
 HIGH_LAG_SHARE = 0.1  # of the p99 of the latencies, by the p99 of the generator's lag
@@ -242,14 +243,14 @@ def _progress(name: str, settings: Settings, interrupted: threading.Event) -> It
 
         def tick(now_s: float, request_count: int) -> bool:
             bar.set_postfix_str(f"{request_count:,} requests", refresh=False)
-            bar.update(min(now_s + settings.warm_up_s, total_s) - bar.n)
+            bar.update(min(now_s + settings.warm_up_s, 0.999 * total_s) - bar.n)  # the sum's rounding must not pass the total
             return not interrupted.is_set()
 
         yield tick
 
 
-def describe_machine() -> dict[str, str]:
-    """Hardware and versions of the machine that sends, as far as they can be found out."""
+def describe_machine(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Hardware of the machine that sends, and versions of packages, as far as they can be found out."""
     gigabytes = psutil.virtual_memory().total / 2**30
     machine = {
         "CPU": _cpu_model(),
@@ -263,7 +264,7 @@ def describe_machine() -> dict[str, str]:
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
         machine["GPU"] = "; ".join(subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines())
-    for package in PACKAGES:
+    for package in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             machine[package] = importlib.metadata.version(package)
     return machine
@@ -351,7 +352,7 @@ class Report:
     about: dict[str, Any]
     steps: list[StepSummary]
     knee_rate: float | None
-    peak_rate: float | None
+    peak_rate: float
     warnings: list[str]
 
     @property
@@ -361,13 +362,19 @@ class Report:
 
 
 def build_report(run: Run) -> Report:
-    """Summarise all steps in which requests were counted."""
+    """Summarise all steps in which requests were counted.
+
+    Raises:
+        LoadTestError: there is none.
+    """
     steps = [summarise(samples) for samples in run.steps if samples.request_count]
+    if not steps:
+        raise LoadTestError("no request was counted: the test ended in its first warm-up")
     return Report(
         about=run.about,
         steps=steps,
         knee_rate=find_knee(steps),
-        peak_rate=max((step.served_rate for step in steps), default=None),
+        peak_rate=max(step.served_rate for step in steps),
         warnings=[warning for step in steps for warning in find_warnings(step)],
     )
 
@@ -494,15 +501,14 @@ def _conclude(report: Report) -> list[str]:
     for step in report.steps:
         if step.errors:
             lines.append(f"errors at {step.label}: " + ", ".join(f"{count} {kind}" for kind, count in step.errors.items()))
-    if report.about["loop"] == "open" and report.steps:
+    if report.about["loop"] == "open":
         share, growth = f"{KNEE_SERVED_SHARE:.0%}", f"{KNEE_P99_GROWTH:g}"
         definition = (
             f"it and every lower rate served {share} of what was offered, with a p99 of at most {growth} times the lowest's"
         )
         knee = "none of these rates" if report.knee_rate is None else f"{report.knee_rate:g}/s"
         lines.append(f"knee: {knee} ({definition})")
-    if report.peak_rate is not None:
-        lines.append(f"most served: {report.peak_rate:,.1f}/s")
+    lines.append(f"most served: {report.peak_rate:,.1f}/s")
     return lines + [f"warning: {warning}" for warning in report.warnings]
 
 
@@ -642,7 +648,7 @@ def write_report(raw_file: Path) -> Report:
     """Make text (to stdout), JSON and page of a raw file, beside it.
 
     Raises:
-        LoadTestError: it is no such file.
+        LoadTestError: it is no such file, or there is nothing in it.
         OSError: a file cannot be written.
     """
     run = read_raw(raw_file)
@@ -814,7 +820,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {raw_file} and what was made of it, beside it", file=sys.stderr)
-    return int(report.error_count > 0 or not report.steps)
+    return int(report.error_count > 0)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 
 from handler.canonical import Array, Preparation, _resample, prepare, prepare_nothing, prepare_scaling
@@ -82,6 +82,21 @@ def test_digits_of_every_kind_are_read(network: nn.Module, inks: dict[str, NDArr
     names = list(inks)[:: 5 if kind == "huge" else 1]
     right = [read(network, prepare(grey_of(photograph(inks[name], kind, [2])), 28, 28)) == int(name[0]) for name in names]
     assert sum(right) >= 0.9 * len(names), [name for name, is_right in zip(names, right, strict=True) if not is_right]
+
+
+@pytest.mark.parametrize("inverted", [False, True], ids=["bright ink", "dark ink"])
+def test_tiny_digits_that_touch_all_borders_are_read(network: nn.Module, inverted: bool) -> None:
+    """16x16 pixels, cropped to the ink, as in old collections of scans. None is taken for its negative."""
+    right = 0
+    for file in DIGIT_FILES:
+        with Image.open(file) as image:
+            cropped = image.crop(image.point(lambda level: 255 * (level > 40)).getbbox())
+        square = ImageOps.pad(cropped, (16, 16), Image.Resampling.BILINEAR)
+        grey: Array = np.asarray(square, dtype=np.float32) / np.float32(255)
+        preparation = prepare(np.float32(1) - grey if inverted else grey, 28, 28)
+        assert preparation.inverted is inverted, file.stem
+        right += read(network, preparation) == int(file.stem[0])
+    assert right >= 0.95 * len(DIGIT_FILES)
 
 
 def test_digit_is_fitted_and_centred_as_mnists_makers_did(inks: dict[str, NDArray[np.float64]]) -> None:

@@ -40,7 +40,7 @@ from scripts.load import (
     run_open,
 )
 from scripts.load_test import StepSummary, find_knee, find_warnings, is_right_form, read_mix, summarise
-from scripts.package import ROOT
+from scripts.package import MODEL_NAME, ROOT
 from tests.conftest import DIGIT_FILES
 
 STALL_S = 1.0
@@ -271,6 +271,13 @@ def test_a_server_that_closes_after_each_reply_costs_no_errors() -> None:
     assert samples.request_count > 4
 
 
+def test_a_connection_that_the_server_closed_in_the_meantime_is_replaced() -> None:
+    with serving(lambda connection, got: connection.send(DIGIT, then_close=True)) as address:
+        samples = run_open(address, call_to(address), rate=4, duration_s=0.75)
+    assert samples.error_counts == {}
+    assert samples.request_count == 3
+
+
 DIGIT_AND_CLOSE = reply_with(b'{"digit": 7}', "200 OK", "Connection: close")
 
 
@@ -377,6 +384,8 @@ def test_quantiles_are_those_of_the_counted_good_replies_and_timeouts() -> None:
     samples.records["scheduled_s"][0] = -0.001  # of the warm-up
     samples.records["status"][1] = 503
     samples.records["status"][2], samples.records["failure"][2] = 0, Failure.TIMEOUT
+    latencies_s[2] = 30
+    samples.records["done_s"][2] = samples.records["scheduled_s"][2] + 30
     samples.records["status"][3], samples.records["failure"][3] = 0, Failure.RESET
     kept_ms = np.delete(latencies_s, [0, 1, 3]) * 1000
     expected = np.quantile(kept_ms, [0.5, 0.9, 0.99, 0.999, 1])
@@ -523,10 +532,16 @@ def test_the_page_has_its_plots_and_needs_no_other_file(finished: Finished) -> N
     assert len(long_lines) >= 4  # distribution and course of both steps
 
 
-def test_no_page_without_matplotlib_and_a_word_about_it(
-    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def no_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it is not installed; it is also what takes longest here."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+@pytest.mark.usefixtures("no_matplotlib")
+def test_no_page_without_matplotlib_and_a_word_about_it(
+    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "a.npz").write_bytes(finished.files["test.1.npz"])
     assert load_test.main(["--report", str(tmp_path / "a.npz")]) == 0
     assert "need matplotlib" in capsys.readouterr().err
@@ -543,9 +558,10 @@ def test_failures_are_reported_and_end_with_1(refusing_address: str, tmp_path: P
     assert json.loads((tmp_path / "a.json").read_text())["steps"][0]["latency_ms"]["p99"] is None
 
 
+@pytest.mark.usefixtures("no_matplotlib")
 def test_a_reply_of_the_wrong_form_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(lambda connection, got: connection.send(DIGIT)) as address:
-        arguments = ["--url", address, "--rates", "100", "--duration", "0.2", "--warm-up", "0", "--mix", "explain=1"]
+        arguments = ["--url", address, "--rates", "100", "--duration", "0.2", "--warm-up", "0.2", "--mix", "explain=1"]
         arguments += ["--pictures", str(DIGIT_FILES[0]), str(DIGIT_FILES[1]), "--output", str(tmp_path / "a")]
         assert load_test.main(arguments) == 1
     assert "errors at 100/s: 2 wrong form" in capsys.readouterr().out  # the first reply for each picture is looked at
@@ -559,6 +575,7 @@ def test_what_is_no_reply_of_the_kind_has_the_wrong_form(name: str, body: bytes)
     assert is_right_form(name, body) == (name == "predict" and body.startswith(b'{"digit": 7,'))
 
 
+@pytest.mark.usefixtures("no_matplotlib")
 def test_ctrl_c_ends_the_test_with_a_report_of_what_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def answer(connection: Connection, got: Got) -> None:
         if got.number == 50:
@@ -576,6 +593,14 @@ def test_ctrl_c_ends_the_test_with_a_report_of_what_there_is(tmp_path: Path, cap
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("no_matplotlib")
+def test_a_test_that_ended_in_its_warm_up_has_nothing_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(lambda connection, got: os.kill(os.getpid(), signal.SIGTERM)) as address:
+        arguments = ["--url", address, "--rates", "20", "--warm-up", "600"]
+        assert load_test.main([*arguments, "--output", str(tmp_path / "a")]) == 1
+    assert "no request was counted" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate for 127.0.0.1, signed by itself, and its key."""
@@ -588,6 +613,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "certificate", folder / "key"
 
 
+@pytest.mark.usefixtures("no_matplotlib")
 @pytest.mark.parametrize(
     ("options", "error_kinds"),
     [(["--ca", "CERTIFICATE"], []), (["--insecure"], []), ([], ["tls"])],
@@ -646,6 +672,12 @@ def test_what_cannot_be_done_is_said_without_a_traceback(
 ) -> None:
     assert load_test.main([*arguments, "--output", str(tmp_path / "a")]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_the_generator_knows_the_served_model_without_importing_torch() -> None:
+    assert load_test.build_parser().get_default("model") == MODEL_NAME
+    check = "import sys, scripts.load_test; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
 
 
 def test_a_mix_is_read() -> None:

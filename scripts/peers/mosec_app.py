@@ -1,0 +1,62 @@
+"""mosec (a server in Rust with dynamic batches) + captum Saliency.
+
+    python -m scripts.peers.mosec_app --address 127.0.0.1 --port 8000 --workers 2
+
+A PNG as the body, JSON back. Each route has worker processes of its own, as mosec wants it; those of the other route idle.
+"""
+
+import argparse
+
+from mosec import Runtime, Server, Worker
+
+from scripts.peers.captum_answers import CaptumAnswers
+
+MAX_BATCH_SIZE = 16
+MAX_WAIT_MS = 1  # for neighbours, as in serve_config/model-config.yaml
+
+
+class Predictor(Worker):
+    """Predicts a batch."""
+
+    explains = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answers = CaptumAnswers()
+
+    def deserialize(self, data: bytes) -> bytes:
+        """The body is the picture."""
+        return data
+
+    def forward(self, data: list[bytes]) -> list[bytes]:
+        """Answer each picture of a batch."""
+        return self.answers.answer(data, explain=self.explains)
+
+    def serialize(self, data: bytes) -> bytes:
+        """The answer is JSON already."""
+        return data
+
+
+class Explainer(Predictor):
+    """Predicts and explains a batch."""
+
+    explains = True
+
+
+def main() -> None:
+    """Serve until a signal. mosec reads its own options from the command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--workers", type=int, default=2, help="processes a route")
+    workers = parser.parse_known_args()[0].workers
+    server = Server()
+    server.register_runtime(
+        {
+            "/explain": [Runtime(Explainer, num=workers, max_batch_size=MAX_BATCH_SIZE, max_wait_time=MAX_WAIT_MS)],
+            "/predict": [Runtime(Predictor, num=workers, max_batch_size=MAX_BATCH_SIZE, max_wait_time=MAX_WAIT_MS)],
+        }
+    )
+    server.run()
+
+
+if __name__ == "__main__":
+    main()
