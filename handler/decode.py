@@ -110,7 +110,6 @@ class DecodingBudget:
             )
         self.steps_left -= count
 
-
     def open_file(self, content: bytes) -> BytesIO:
         """Give a file for Pillow to read: one whose reads are counted, unless it is small."""
         self.uncounted_bytes_left -= len(content)

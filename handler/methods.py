@@ -192,7 +192,7 @@ class SmoothGrad(SamplingMethod):
     description: ClassVar[str] = "mean, mean square or variance of the gradients of noisy copies of the picture"
     samples: int = field(default=25, metadata=_described("noisy copies of the picture", 1, MAX_SAMPLES))
     noise: float = field(default=0.15, metadata=_described("standard deviation of the noise, in units of intensity", 0, 1))
-    seed: int = field(default=0, metadata=_described("of the noise: the same seed gives the same map", 0, MAX_SEED))
+    seed: int = field(default=0, metadata=_described("seed of the noise: the same one gives the same map", 0, MAX_SEED))
     aggregate: Aggregate = field(default=Aggregate.MEAN, metadata=_described("what becomes of the gradients"))
 
     @property

@@ -299,14 +299,18 @@ def _render_png(results: Sequence[Result]) -> Reply:
 def _map_headers(results: Sequence[Result]) -> dict[str, str]:
     """What a binary reply says beside the maps. Least and largest are of their numbers, whatever the colours."""
     methods = [result.options.method.name for result in results]
+    if len(set(methods)) == 1:
+        methods = methods[:1]
     headers = {
         "X-Saliency-Min": repr(float(min(result.saliency.min() for result in results))),
         "X-Saliency-Max": repr(float(max(result.saliency.max() for result in results))),
     }
-    if len(set(methods)) == 1:
-        headers["X-Saliency-Method"] = methods[0]
+    if len(methods) <= MAX_HEADER_PICTURES:
+        headers["X-Saliency-Method"] = ";".join(methods)
     if len(results) <= MAX_HEADER_PICTURES:
-        headers |= {"X-Saliency-Method": ";".join(methods)} if len(set(methods)) > 1 else {}
+        if any(result.options.method.has_gap for result in results):
+            gaps = [",".join(map(repr, np.atleast_1d(one.gap).tolist())) if one.options.method.has_gap else "" for one in results]
+            headers["X-Saliency-Completeness-Gap"] = ";".join(gaps)
         headers |= {
             "X-Digit": ";".join(str(result.digit) for result in results),
             "X-Probability": ";".join(repr(float(probabilities_of(result.logits).max())) for result in results),

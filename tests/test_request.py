@@ -245,7 +245,7 @@ def test_unknown_option_is_refused_and_the_known_ones_are_named(row: object, hea
     with pytest.raises(
         UnknownOption,
         match="got the option 'colour'; accepted are explain, target, method, space, prepare, encoding, "
-        "size, colormap, polarity, clip_percentile, layout ",
+        "size, colormap, polarity, clip_percentile, layout, samples, noise, seed, aggregate, steps, baseline ",
     ):
         parse(row, headers)
 
