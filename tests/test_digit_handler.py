@@ -26,6 +26,7 @@ import handler.reply as reply_module
 from handler.archive import ArchiveError
 from handler.digit_handler import DigitHandler
 from handler.drawing import Row, Style, draw
+from handler.methods import METHODS
 from handler.request import OPTION_PARSERS, parse_request
 from handler.saliency import predict_and_explain
 from tests.conftest import DIGIT_FILES, label_of, manifest_of
@@ -520,11 +521,13 @@ def test_describe_request_of_torchserve_gets_the_description(handler: DigitHandl
     assert description["input_shape"] == [28, 28]
     assert description["options"].keys() == OPTION_PARSERS.keys()
     assert description["options"]["target"]["default"] == "predicted"
-    assert description["methods"] == description["options"]["method"]["accepted"]
+    assert list(description["methods"]) == description["options"]["method"]["accepted"] == list(METHODS)
+    assert description["methods"]["smoothgrad"]["parameters"].keys() == {"samples", "noise", "seed", "aggregate"}
     assert description["limits"] == {
         "pictures_a_request": 1024,
         "prepared_pictures_a_request": 64,
         "maps_a_request": 1024,
+        "gradients_a_request": 4096,
         "image_pixels_a_request": 16_000_000,
         "image_map_numbers_a_request": 1_440_000,
     }
@@ -533,12 +536,16 @@ def test_describe_request_of_torchserve_gets_the_description(handler: DigitHandl
 
 def test_every_value_that_the_description_lists_is_accepted(handler: DigitHandler, tmp_path: Path) -> None:
     ((_, _, body),) = answer(handler, [({}, {"describe": "True"})], tmp_path / "unpacked")
-    for name, option in json.loads(body)["options"].items():
+    description = json.loads(body)
+    owners = {one: method for method, details in description["methods"].items() for one in details["parameters"]}
+    for name, option in description["options"].items():
+        method = {"method": owners.get(name, "gradient")}
         for value in [*option["accepted"], option["default"]]:
             if not str(value).startswith(("a ", "an ")):  # a description, such as "an integer from 28 to 2048"
-                row = {"body": {"data": BASE64_PICTURE, "polarity": "absolute", name: value}}  # absolute takes every colour map
-                assert parse_request(row, {}, handler.class_count).parts, (name, value)
-        assert parse_request({"body": bytearray(PICTURE)}, {option["header"]: str(option["default"])}, handler.class_count)
+                fields = {"polarity": "absolute", **method, name: value}  # absolute takes every colour map
+                assert parse_request({"body": {"data": BASE64_PICTURE, **fields}}, {}, handler.class_count).parts, fields
+        headers = {"x-saliency-method": method["method"], option["header"]: str(option["default"])}
+        assert parse_request({"body": bytearray(PICTURE)}, headers, handler.class_count)
 
 
 @pytest.mark.parametrize(
