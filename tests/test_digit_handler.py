@@ -474,6 +474,55 @@ def test_more_maps_than_are_allowed_are_refused_before_the_network_runs(handler:
     assert "got 103 pictures with 1030 targets in all; up to 1024" in json.loads(body)["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("count", "options", "gradients"),
+    [
+        (16, {"method": "smoothgrad", "samples": "256"}, 4096),
+        (16, {"method": "smoothgrad", "samples": "257"}, 4112),
+        (8, {"method": "integrated_gradients", "steps": "51", "target": "all"}, 4160),
+        (3, {"method": "smoothgrad", "samples": "500", "target": "0,1,2"}, 4500),
+    ],
+    ids=str,
+)
+def test_more_work_than_is_allowed_is_refused_before_the_network_runs(
+    handler: DigitHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, options: dict[str, str], gradients: int
+) -> None:
+    class Refuses:
+        def score(self, pixels: torch.Tensor, explained_count: int) -> Any:
+            raise KeyError("the network ran")
+
+    monkeypatch.setattr(handler, "differentiable", Refuses())
+    row = {
+        "data": bytearray(npy(np.zeros((count, 28, 28)))),
+        **{name: bytearray(text.encode()) for name, text in options.items()},
+    }
+    ((status, _, body),) = answer(handler, [(row, {"explain": "True"})], tmp_path / "unpacked")
+    if gradients <= 4096:
+        assert status == 500  # it was let through
+        return
+    assert (status, json.loads(body)["error"]["type"]) == (413, "RequestTooLarge")
+    assert f"got {count} pictures whose maps take {gradients:,} gradients in all" in json.loads(body)["error"]["message"]
+    ((status, _, _),) = answer(handler, [(row, {"explain": "False"})], tmp_path / "unpacked")
+    assert status == 500  # a prediction takes none
+
+
+def test_mean_baseline_of_a_network_that_does_not_say_it_is_refused(
+    handler: DigitHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"X-Saliency-Method": "integrated_gradients", "X-Saliency-Steps": "2"}
+    batch: Batch = [
+        ({"body": bytearray(PICTURE)}, {"explain": explain, "X-Saliency-Baseline": baseline} | options)
+        for explain, baseline in (("True", "mean"), ("True", "zero"), ("False", "mean"))
+    ]
+    assert [status for status, _, _ in answer(handler, batch, tmp_path / "unpacked")] == [200, 200, 200]
+    monkeypatch.setattr(handler, "mean_pixel", None)
+    refused, *others = answer(handler, batch, tmp_path / "unpacked")
+    assert (refused[0], [status for status, _, _ in others]) == (400, [200, 200])
+    assert (
+        "got a method that needs the mean picture, and this network does not say it" in json.loads(refused[2])["error"]["message"]
+    )
+
+
 def test_images_of_one_request_share_a_limit_of_pixels(handler: DigitHandler, tmp_path: Path) -> None:
     """Else a thousand large images in one request would keep a worker busy past its time limit."""
     file = io.BytesIO()

@@ -307,7 +307,7 @@ def assert_same(one: Explanation, other: Explanation) -> None:
         np.testing.assert_allclose(one.gaps, other.gaps, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("max_points", [5, 256])
+@pytest.mark.parametrize("max_points", [5, 1000])
 def test_explanation_of_a_row_does_not_depend_on_its_batch_whatever_the_methods(
     exact: Differentiable, dithered: torch.Tensor, monkeypatch: pytest.MonkeyPatch, max_points: int
 ) -> None:
