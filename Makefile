@@ -8,7 +8,8 @@ SOURCES := $(wildcard handler/*.py model/network.py) model/weights.safetensors s
            scripts/package.py scripts/derive.py scripts/prove_archive.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format package accuracy load benchmark fuzz train digits picture lock clean
+.PHONY: help setup serve test lint format package accuracy evaluate load benchmark fuzz train digits picture classes localise lock \
+        clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -36,11 +37,13 @@ package: build/digits.mar ## build build/digits.mar
 accuracy: build/digits.mar ## send MNIST's test images through HTTP, plain and as photographs; DATA_DIR=... where they are
 	$(BIN)/python -m scripts.accuracy --data-dir $(DATA_DIR) $(ARGS)
 
+evaluate: .venv/.installed-dev ## measure the maps beside controls; fails where a gate does; DATA_DIR=... ARGS="--images 200"
+	$(BIN)/python -m scripts.evaluate --data-dir $(DATA_DIR) $(ARGS)
+
 load: .venv/.installed-dev ## put a running server under load and report; ARGS="--rates 100,200,400 ..." (--help shows all)
 	$(BIN)/python -m scripts.load_test $(ARGS)
 
-benchmark: .venv/.installed-dev ## measure this service beside its peers (a quarter of an hour); ARGS="--rounds 3 --systems noop,mosec"
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --group peers
+benchmark: .venv/.installed-peers ## measure this service beside its peers (a quarter of an hour); ARGS="--rounds 3 --systems noop,mosec"
 	$(BIN)/python -m scripts.benchmark_step
 	$(BIN)/python -m scripts.benchmark $(ARGS)
 
@@ -58,10 +61,21 @@ picture: .venv/.installed ## make the README's picture again; a server must be r
 	$(BIN)/python -m scripts.explain tests/digits/3-4.png tests/digits/4-1.png tests/digits/7-3.png --target predicted,9 \
 		--output .github/explained.png
 
+classes: .venv/.installed ## make the picture that the network takes for each class; DATA_DIR=...
+	$(BIN)/python -m scripts.class_pictures --data-dir $(DATA_DIR) --output .github/classes.png $(ARGS)
+
+localise: .venv/.installed-dev ## find digits in photographs by their maps; a server must be running
+	$(BIN)/python -m scripts.photograph tests/digits/3-4.png tests/digits/5-1.png --output-dir build/photographs
+	$(BIN)/python -m scripts.localise "build/photographs/3-4 phone.jpg" "build/photographs/3-4 blackboard.jpg" \
+		"build/photographs/5-1 ruled paper.jpg" "build/photographs/5-1 canvas.png" \
+		--size 168 --columns 2 --output .github/localised.png $(ARGS)
+
 lock: .venv/.installed-dev ## resolve pyproject.toml into requirements*.txt, with hashes
 	$(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --no-header --quiet --upgrade -o requirements.txt
 	$(BIN)/uv pip compile pyproject.toml --group dev --constraint requirements.txt --universal --generate-hashes --no-header \
 		--quiet --upgrade -o requirements-dev.txt
+	$(BIN)/uv pip compile --group peers --constraint requirements-dev.txt --universal --generate-hashes --no-header \
+		--quiet --upgrade -o requirements-peers.txt
 
 clean: ## remove what was built, except .venv
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache
@@ -78,4 +92,8 @@ build/digits.mar: .venv/.installed $(SOURCES)
 
 .venv/.installed-dev: .venv/.installed requirements-dev.txt
 	$(PIP) install --require-hashes -r requirements-dev.txt
+	@touch $@
+
+.venv/.installed-peers: .venv/.installed-dev requirements-peers.txt
+	$(PIP) install --require-hashes -r requirements-peers.txt
 	@touch $@

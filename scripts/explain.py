@@ -27,7 +27,7 @@ class ExplainError(RuntimeError):
     """There is no answer; the message says why, for a person."""
 
 
-def request_explanation(picture: Path, *, url: str, model: str, target: str) -> dict[str, Any]:
+def request_explanation(picture: Path, *, url: str, model: str, target: str, **options: str) -> dict[str, Any]:
     """Send one picture to the explanations route.
 
     Args:
@@ -35,6 +35,7 @@ def request_explanation(picture: Path, *, url: str, model: str, target: str) -> 
         url: address of the inference API, such as http://127.0.0.1:8080.
         model: the served model's name.
         target: as the API takes it: a class, "predicted", classes with commas, or "all".
+        options: more of the API's options.
     Returns:
         the reply, as the README's API section describes it.
     Raises:
@@ -42,9 +43,8 @@ def request_explanation(picture: Path, *, url: str, model: str, target: str) -> 
     """
     try:
         with picture.open("rb") as opened:
-            reply = requests.post(
-                f"{url}/explanations/{model}", files={"data": opened}, data={"target": target}, timeout=TIMEOUT_S
-            )
+            form = {"target": target, **options}
+            reply = requests.post(f"{url}/explanations/{model}", files={"data": opened}, data=form, timeout=TIMEOUT_S)
     except OSError as error:  # requests' errors are OSErrors, and so is a missing file
         missing_server = isinstance(error, requests.ConnectionError)
         raise ExplainError(f"no server answers at {url}; start one with: make serve" if missing_server else str(error)) from error

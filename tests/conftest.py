@@ -59,6 +59,15 @@ def digit_batch(digit_pixels: NDArray[np.float32]) -> torch.Tensor:
     return torch.from_numpy(digit_pixels)[:, None]
 
 
+def write_mnist(data_dir: Path, name: str, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> None:
+    """Write one of MNIST's two sets, in its own format: `name` is "train" or "t10k", images are (N, 28, 28)."""
+    raw = data_dir / "MNIST" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    sizes = np.array([0x803, *images.shape], dtype=">i4").tobytes()
+    (raw / f"{name}-images-idx3-ubyte").write_bytes(sizes + images.tobytes())
+    (raw / f"{name}-labels-idx1-ubyte").write_bytes(np.array([0x801, len(labels)], dtype=">i4").tobytes() + labels.tobytes())
+
+
 @pytest.fixture(scope="session")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The archive of this tree."""

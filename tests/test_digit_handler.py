@@ -218,16 +218,35 @@ def test_defect_in_rendering_is_a_500_for_that_row(
     assert b"secret" not in bad[2]
 
 
+class Watched:
+    """Stands before the handler's network and writes down how many rows each forward has."""
+
+    def __init__(self, handler: DigitHandler, fails_at: int | None = None) -> None:
+        self.forwards: list[int] = []
+        self.inner = handler.differentiable
+        self.fails_at = fails_at
+        handler.differentiable = self
+
+    def score(self, pixels: torch.Tensor, explained_count: int) -> tuple[torch.Tensor, object]:
+        self.forwards.append(len(pixels))
+        if len(self.forwards) == self.fails_at:
+            raise RuntimeError("out of memory")
+        return self.inner.score(pixels, explained_count)
+
+    def pull_back(self, saved: object, cotangents: torch.Tensor) -> torch.Tensor:
+        return self.inner.pull_back(saved, cotangents)
+
+
 def test_one_forward_serves_a_whole_batch(handler: DigitHandler, tmp_path: Path) -> None:
-    rows = []
-    handler.model.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    watched = Watched(handler)
     answer(handler, MIXED, tmp_path / "unpacked")
-    assert rows == [6]
+    assert watched.forwards == [6]
 
 
 def test_batch_of_errors_alone_runs_no_network(handler: DigitHandler, tmp_path: Path) -> None:
-    handler.model.register_forward_hook(lambda *_: pytest.fail("the network ran"))
+    watched = Watched(handler)
     assert [status for status, _, _ in answer(handler, [MIXED[3], MIXED[5]], tmp_path / "unpacked")] == [400, 400]
+    assert watched.forwards == []
 
 
 def test_defect_in_one_row_is_a_500_for_that_row_and_its_log_holds_no_data(
@@ -328,11 +347,9 @@ SEVERAL: Batch = [
 
 
 def test_requests_with_several_pictures_share_a_batch_and_one_forward(handler: DigitHandler, tmp_path: Path) -> None:
-    rows = []
-    hook = handler.model.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    watched = Watched(handler)
     together = answer(handler, SEVERAL, tmp_path / "unpacked")
-    assert rows == [3 + 2 + 1 + 2 + 1 + 3 + 6]
-    hook.remove()
+    assert watched.forwards == [3 + 2 + 1 + 2 + 1 + 3 + 6]
     for row, (status, headers, body) in zip(SEVERAL, together, strict=True):
         ((status_alone, headers_alone, body_alone),) = answer(handler, [row], tmp_path / "unpacked")
         assert (status, headers.keys()) == (status_alone, headers_alone.keys())
@@ -372,15 +389,14 @@ def test_more_pictures_than_one_forward_takes_are_answered_in_order(
     handler: DigitHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(handler_module, "MAX_FORWARD_PICTURES", 4)
-    rows = []
-    handler.model.register_forward_hook(lambda _module, inputs, _output: rows.append(len(inputs[0])))
+    watched = Watched(handler)
     files = DIGIT_FILES[::5]
     batch: Batch = [
         ({"body": bytearray(npy(levels_of(files)))}, {"explain": "False"}),
         ({"body": bytearray(npy(levels_of(files[::-1])))}, {"explain": "True"}),
     ]
     forward, backward = [json.loads(body) for _, _, body in answer(handler, batch, tmp_path / "unpacked")]
-    assert rows == [4, 4, 4, 4, 4]
+    assert watched.forwards == [4, 4, 4, 4, 4]
     assert [prediction["digit"] for prediction in forward["predictions"]] == [label_of(file) for file in files]
     assert [explanation["target"] for explanation in backward["explanations"]] == [label_of(file) for file in files[::-1]]
 
@@ -389,14 +405,7 @@ def test_network_that_fails_on_one_part_fails_only_the_requests_in_it(
     handler: DigitHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(handler_module, "MAX_FORWARD_PICTURES", 2)
-    calls: list[None] = []
-
-    def failing(*_: object) -> None:
-        calls.append(None)
-        if len(calls) == 2:
-            raise RuntimeError("out of memory")
-
-    handler.model.register_forward_pre_hook(failing)
+    Watched(handler, fails_at=2)
     batch: Batch = [({"body": bytearray(npy(levels_of(DIGIT_FILES[:n])))}, {"explain": "False"}) for n in (2, 3, 1, 2)]
     assert [status for status, _, _ in answer(handler, batch, tmp_path / "unpacked")] == [200, 500, 200, 200]
 
@@ -465,12 +474,13 @@ def test_single_npy_picture_has_an_error_without_index(handler: DigitHandler, tm
 
 
 def test_more_maps_than_are_allowed_are_refused_before_the_network_runs(handler: DigitHandler, tmp_path: Path) -> None:
-    handler.model.register_forward_hook(lambda *_: pytest.fail("the network ran"))
+    watched = Watched(handler)
     headers = {"explain": "True", "X-Saliency-Target": "all"}
     row = {"body": bytearray(npy(np.zeros((103, 28, 28))))}
     ((status, _, body),) = answer(handler, [(row, headers)], tmp_path / "unpacked")
     assert status == 413
     assert json.loads(body)["error"]["type"] == "RequestTooLarge"
+    assert watched.forwards == []
     assert "got 103 pictures with 1030 targets in all; up to 1024" in json.loads(body)["error"]["message"]
 
 

@@ -1,7 +1,11 @@
 """The derived pass: the same numbers as autograd's, for any network, and never used where it is not."""
 
 import logging
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -139,3 +143,23 @@ def test_channels_last_changes_the_layout_alone(channels: int) -> None:
     assert torch.equal(moved, tensor)
     assert moved.stride() == (20 * channels, 1, 5 * channels, channels)
     assert to_channels_last(tensor[0]) is not None
+
+
+def test_loading_imports_no_compiler(unpack: Callable[[], Path]) -> None:
+    """Neither the pass nor its check against autograd may bring in what only tracing needs: tens of megabytes a worker."""
+    program = """
+import sys
+from pathlib import Path
+from handler.archive import load_network
+from handler.one_pass import OnePass, load_one_pass
+from handler.saliency import freeze
+one_pass = load_one_pass(Path("one_pass.py"), freeze(load_network(Path("network.py"), Path("weights.safetensors"))), (1, 28, 28))
+assert isinstance(one_pass, OnePass)
+print([name for name in ("sympy", "torch._dynamo", "torchvision") if name in sys.modules])
+"""
+    model_dir = unpack()
+    environment = {**os.environ, "PYTHONPATH": str(model_dir)}
+    finished = subprocess.run(
+        [sys.executable, "-P", "-c", program], cwd=model_dir, env=environment, capture_output=True, text=True, check=True
+    )
+    assert finished.stdout == "[]\n"

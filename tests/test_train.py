@@ -13,6 +13,7 @@ from model.augment import augment
 from model.network import DigitNetwork
 from model.train import CARD_FILE, WEIGHTS_FILE, Evaluation, evaluate, main
 from scripts.package import ROOT
+from tests.conftest import write_mnist
 from tests.draw_digits import draw_digit
 
 VARIANTS = 24
@@ -22,14 +23,9 @@ VARIANTS = 24
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Drawn digits as MNIST's four files."""
     root: Path = tmp_path_factory.mktemp("data")
-    raw = root / "MNIST" / "raw"
-    raw.mkdir(parents=True)
     for name, variants in (("train", range(VARIANTS)), ("t10k", range(100, 104))):
         images = np.stack([draw_digit(digit, variant) for variant in variants for digit in range(10)])
-        labels = np.tile(np.arange(10, dtype=np.uint8), len(variants))
-        sizes = np.array([0x803, *images.shape], dtype=">i4").tobytes()
-        (raw / f"{name}-images-idx3-ubyte").write_bytes(sizes + images.tobytes())
-        (raw / f"{name}-labels-idx1-ubyte").write_bytes(np.array([0x801, len(labels)], dtype=">i4").tobytes() + labels.tobytes())
+        write_mnist(root, name, images, np.tile(np.arange(10, dtype=np.uint8), len(variants)))
     return root
 
 
