@@ -25,7 +25,7 @@ HELD_FIXED = "geometry, stretch, the paper's level, what cleaning changed"  # wh
 # Bytes of one batch's replies. TorchServe's frontend reads a batch in a time that grows with the square of its size: 32 MiB take
 # seconds, 80 MB took twenty, and a worker whose replies are not read within responseTimeout is restarted.
 MAX_BATCH_BYTES = 32 * 1024 * 1024
-MAX_HEADER_PICTURES = 100  # whose digits a binary reply's headers list; proxies refuse headers of more than 4 KB
+MAX_HEADER_PICTURES = 100  # whose digits (or, of maps, gaps) a binary reply's headers list; proxies refuse more than 4 KB
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,10 +307,10 @@ def _map_headers(results: Sequence[Result]) -> dict[str, str]:
     }
     if len(methods) <= MAX_HEADER_PICTURES:
         headers["X-Saliency-Method"] = ";".join(methods)
+    gaps = [np.atleast_1d(result.gap).tolist() if result.options.method.has_gap else [] for result in results]
+    if any(gaps) and sum(map(len, gaps)) <= MAX_HEADER_PICTURES:
+        headers["X-Saliency-Completeness-Gap"] = ";".join(",".join(map(repr, own)) for own in gaps)
     if len(results) <= MAX_HEADER_PICTURES:
-        if any(result.options.method.has_gap for result in results):
-            gaps = [",".join(map(repr, np.atleast_1d(one.gap).tolist())) if one.options.method.has_gap else "" for one in results]
-            headers["X-Saliency-Completeness-Gap"] = ";".join(gaps)
         headers |= {
             "X-Digit": ";".join(str(result.digit) for result in results),
             "X-Probability": ";".join(repr(float(probabilities_of(result.logits).max())) for result in results),

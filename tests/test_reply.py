@@ -70,6 +70,15 @@ def test_binary_reply_names_its_methods(methods: list[Method], expected: str | N
     assert all(len(value) < 4096 for value in reply.headers.values())
 
 
+@pytest.mark.parametrize(("count", "has_header"), [(100, True), (101, False)])
+def test_binary_reply_lists_up_to_a_hundred_gaps(count: int, has_header: bool) -> None:
+    results = [result(28), *[result(28, method=IntegratedGradients())] * count]
+    reply = render_results(results, ReplyFormat.NPY, MODEL, listed=True, infer=None)
+    found = reply.headers.get("X-Saliency-Completeness-Gap")
+    assert found == (";-1.2345678901234568e-10" * count if has_header else None)
+    assert all(len(value) < 4096 for value in reply.headers.values())
+
+
 @pytest.mark.parametrize(
     ("sizes", "refused"),
     [
