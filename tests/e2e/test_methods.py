@@ -304,11 +304,13 @@ def test_bad_parameters_of_instances_are_named_by_index(server: TorchServe, samp
     assert reply.json()["error"]["indices"] == [1, 2]
 
 
-def test_largest_work_that_is_accepted_is_done_in_time(
+def test_largest_work_that_is_accepted_is_done(
     server: TorchServe, samples: list[Sample], worker_pids: Callable[[], list[int]]
 ) -> None:
     workers = worker_pids()
     fields = {"data": base64_of(samples[0]), "method": "smoothgrad", "samples": 409, "target": "all", "encoding": "base64"}
-    replies = ask_at_once(server, [explain(json=fields)] * BATCH_SIZE)
-    assert [reply.status_code for reply in replies] == [200] * BATCH_SIZE
+    replies = ask_at_once(server, [explain(json=fields)] * 3)
+    for reply in replies:
+        explanation = check_prediction(reply, samples[0])["explanation"]
+        assert explanation["shape"] == [10, 28, 28]
     assert worker_pids() == workers
