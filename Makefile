@@ -8,8 +8,8 @@ SOURCES := $(wildcard handler/*.py model/network.py) model/weights.safetensors s
            scripts/package.py scripts/derive.py scripts/prove_archive.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format package accuracy evaluate load benchmark fuzz train digits picture classes localise lock \
-        clean
+.PHONY: help setup serve test lint format package accuracy evaluate load benchmark gpu fuzz train digits picture classes localise \
+        lock clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -46,6 +46,9 @@ load: .venv/.installed-dev ## put a running server under load and report; ARGS="
 benchmark: .venv/.installed-peers ## measure this service beside its peers (a quarter of an hour); ARGS="--rounds 3 --systems noop,mosec"
 	$(BIN)/python -m scripts.benchmark_step
 	$(BIN)/python -m scripts.benchmark $(ARGS)
+
+gpu: .venv/.installed-dev ## prove and measure the service on a GPU, into build/gpu; ARGS="--parts speed --device cpu" (--help shows all)
+	$(BIN)/python -m scripts.gpu_report $(ARGS)
 
 fuzz: .venv/.installed-dev ## fuzz the path of a request for ten minutes, guided by coverage; ARGS="--seconds 60"
 	$(PIP) install atheris==3.0.0

@@ -24,14 +24,15 @@ INK_SHARE = 20 / 28  # longer side of the ink, as a share of the network's pictu
 CENTRE_SHARE = 14.5 / 28  # where MNIST's makers put the centre of mass: the middle of pixel 14
 WORKING_SIZE = 160  # pixels of the longer side in which ink is looked for
 SMALLEST_WORKING_SIZE = 64  # smaller pictures are enlarged to this, so that filters have something to work on
-DETAILED_INK_SIZE = 80  # pixels: ink that is smaller than this in the working copy is looked at again, closer
-CLOSE_UP_MARGIN = 0.4  # of the ink's size, on each side, when it is looked at closer
+DETAILED_INK_SIZE = 110  # pixels: ink that is smaller than this in the working copy is looked at again, closer
+CLOSE_UP_MARGIN = 0.25  # of the ink's size, on each side, when it is looked at closer
 PAPER_WINDOW = 0.4  # of the shorter side: wider than any stroke, narrower than most shadows
 PAPER_WINDOW_STROKES = 3.0  # widths of the stroke, once that is known: narrower shadows are seen through then
-POLARITY_WINDOWS = (0.25, 0.6)  # of the shorter side: around fine strokes, and around bold ones
+POLARITY_SIZE = 32  # pixels of the longer side, about, in which polarity is looked for
+POLARITY_WINDOW = 0.6  # of the shorter side: most of what it sees is paper, around bold strokes too
 DARK_PAPER = 0.3  # median of a canonical picture's margin, at most
 CLEAN_PAPER = 0.95  # a picture of the network's size with such a margin all around is only inverted
-WEAK_INK, STRONG_INK = 0.35, 0.55  # of the strongest contrast: ink is weak pixels that touch a strong one
+WEAK_INK, STRONG_INK = 0.3, 0.45  # of the strongest contrast: ink is weak pixels that touch a strong one
 MIN_CONTRAST = 0.04  # of the grey scale: less is no ink
 CLEAR_CONTRAST = 0.2  # more than this is ink, whatever the noise seems to be
 MIN_CONTRAST_TO_NOISE = 5.0  # in standard deviations of the paper
@@ -40,7 +41,9 @@ NEAR_SPECK_SHARE = 0.03  # the same within NEAR_GAP of the largest piece's box: 
 NEAR_GAP = 0.12  # of the largest piece's size
 LINK_SHARE = 0.02  # of the longer side: pieces that are as near to each other as twice this are one
 BORDER_PIECE_FACTOR = 6  # a piece that touches the border is the digit only if it is this much larger than all others
-FINEST_STROKE = 2.2  # pixels of the network's picture: finer strokes are drawn as wide as this; MNIST's are 2 to 4 wide
+FINEST_STROKE, BOLDEST_STROKE = 2.5, 4.0  # pixels of the network's picture: others are drawn as wide; MNIST's are 2 to 4
+RIDGE_SLOPE = 0.6  # of depth into the ink: 0 on a stroke's middle line, 0.7 towards a right-angled corner, 1 elsewhere
+DRAWING_MARGIN = 20  # pixels of the working copy: hair lines at its border are drawn beyond it
 CLEARANCE = 1.5  # pixels of the network's picture around the ink that still count as its soft edge
 FULL_INK_PERCENTILE = 70  # of the ink's intensities becomes 1, as most of MNIST's ink is
 
@@ -281,15 +284,10 @@ def _find_ink_with(working: Array, smooth: Array, sign: int, window: float) -> _
 
 def _polarity(smooth: Array) -> int:
     """1 for bright ink on dark paper, -1 for dark on bright. Ink is the rarer of the two, so it gives the longer tail."""
-    margin = max(smooth.shape) // 6
-    paper = float(np.median(_margin(smooth)))
-    padded = np.pad(smooth, margin, constant_values=paper)  # around a digit that fills its picture
-    skewness = 0.0
-    for share in POLARITY_WINDOWS:
-        local_mean = ndimage.uniform_filter(padded, int(share * min(smooth.shape)) | 1, mode="nearest")
-        difference = (padded - local_mean)[margin:-margin, margin:-margin]
-        skewness += float((difference**3).mean() / max(difference.std(), 1e-6) ** 3)
-    return 1 if skewness > 0 else -1
+    step = max(smooth.shape) // POLARITY_SIZE or 1
+    small = ndimage.uniform_filter(smooth, step)[step // 2 :: step, step // 2 :: step]
+    paper = ndimage.median_filter(small, int(POLARITY_WINDOW * min(small.shape)) | 1, mode="nearest")  # keeps a shadow's edge
+    return 1 if ((small - paper) ** 3).sum() > 0 else -1
 
 
 def _paper(smooth: Array, window: float) -> Array:
@@ -330,24 +328,19 @@ def _digit_pieces(pieces: NDArray[np.int32], count: int) -> NDArray[np.bool_]:
 
 def _place(view: _View, ink: _Ink, height: int, width: int) -> Preparation:
     """Fit the ink into the network's picture, as MNIST's makers did."""
-    scale = INK_SHARE * min(height, width) / max(ink.size)  # pixels of the network's picture in one of the working copy
-    reach = CLEARANCE / scale
-    near = ndimage.distance_transform_edt(~ink.mask) <= max(reach, 1)
-    clean = np.where(near & ~ink.others, np.clip(ink.contrast, 0, None), 0).astype(np.float32)
-    ys, xs = np.indices(clean.shape)
-    weights = np.where(ink.mask, clean, 0)
-    if not weights.any():
+    full = float(np.percentile(ink.contrast[ink.mask], FULL_INK_PERCENTILE))
+    if full <= 0:
         raise BlankPicture("got a picture whose ink is no different from its paper; a digit is accepted")
-    centre_y, centre_x = (float((axis * weights).sum() / weights.sum()) + 0.5 for axis in (ys, xs))
-
-    thickness = ink.thickness * scale
-    softness = float(np.clip(np.sqrt(max(FINEST_STROKE**2 - thickness**2, 0.0)), 1, FINEST_STROKE))
-    place_y = _placement(clean.shape[0], ink.box[1], ink.box[3], centre_y, scale, height, softness)
-    place_x = _placement(clean.shape[1], ink.box[0], ink.box[2], centre_x, scale, width, softness)
-    placed: Array = np.asarray(place_y @ clean @ place_x.T, dtype=np.float32)
-    inked = placed[placed > WEAK_INK * placed.max()]
-    gain = 1 / float(np.percentile(inked, FULL_INK_PERCENTILE))
-    pixels = np.asarray(np.clip(placed * gain, 0, 1), dtype=np.float32)
+    strokes, drawn = _draw(ink, full, INK_SHARE * min(height, width))
+    ys, xs = np.nonzero(drawn)
+    scale = INK_SHARE * min(height, width) / _extent(drawn)  # pixels of the network's picture in one of the working copy
+    centre_y, centre_x = (float((axis * strokes[ys, xs]).sum() / strokes[ys, xs].sum()) + 0.5 for axis in (ys, xs))
+    place_y = _placement(strokes.shape[0], ys.min(), ys.max() + 1, centre_y, scale, height)
+    place_x = _placement(strokes.shape[1], xs.min(), xs.max() + 1, centre_x, scale, width)
+    placed: Array = np.asarray(place_y @ strokes @ place_x.T, dtype=np.float32)
+    gain = 1 / float(placed.max() * full)
+    pixels: Array = placed / placed.max()
+    place_y, place_x = place_y[:, DRAWING_MARGIN:-DRAWING_MARGIN], place_x[:, DRAWING_MARGIN:-DRAWING_MARGIN]
 
     rows, columns = place_y @ view.rows, place_x @ view.columns
     slope = ink.sign * gain
@@ -357,22 +350,47 @@ def _place(view: _View, ink: _Ink, height: int, width: int) -> Preparation:
     if ink.sign < 0:
         steps.append("inverted")
     steps.append(f"scaled its {right - left:.0f}x{bottom - top:.0f} pixels to {INK_SHARE * min(height, width):.0f}")
-    if softness > 1:
-        steps.append(f"drew its strokes of {thickness:.1f} pixels wider")
     steps += ["centred by its mass", f"stretched its contrast by {gain:.2f}"]
     box = (int(np.floor(left)), int(np.floor(top)), int(np.ceil(right)), int(np.ceil(bottom)))
     return Preparation(rows, columns, slope, offset, pixels, tuple(steps), box, round(ink.threshold, 4))
 
 
-def _placement(source: int, start: int, stop: int, centre: float, scale: float, target: int, softness: float) -> Array:
-    """Weights (target, source) that put `centre` into the middle, but keep all from `start` to `stop` inside.
+def _draw(ink: _Ink, full: float, size: float) -> tuple[Array, NDArray[np.bool_]]:
+    """Draw the digit with a pen like those of MNIST: hair lines as wide and as dark as its finest, bold strokes peeled.
 
-    Each pixel of the target is a triangle-weighted mean, `softness` of its own pixels wide at half height.
+    Args:
+        full: contrast that becomes 1.
+        size: of the digit in the network's picture, in its pixels.
+    Returns:
+        float32 (h' + 2 margin, w' + 2 margin), strokes in [0, 1] with their soft edges, DRAWING_MARGIN wider on each side than
+        the working copy; and bool of the same shape, without the edges.
     """
+    mask, others = np.pad(ink.mask, DRAWING_MARGIN), np.pad(ink.others, DRAWING_MARGIN)
+    contrast = np.pad(ink.contrast, DRAWING_MARGIN)
+    depth = ndimage.distance_transform_edt(mask)
+    slope_y, slope_x = np.gradient(depth)
+    middle = mask & ((np.hypot(slope_y, slope_x) < RIDGE_SLOPE) | (depth >= ndimage.maximum_filter(depth, 3)))
+    length = _extent(middle)  # a stroke of width w ends w / 2 beyond its middle line
+    finest, boldest = (width / 2 * length / (size - width) for width in (FINEST_STROKE, BOLDEST_STROKE))
+    hair = ndimage.distance_transform_edt(~middle) < finest
+    peel = float(np.median(depth[middle])) - boldest
+    edge = -peel if peel > 0 else max(CLEARANCE * _extent(mask) / size, 1)
+    kept = (ndimage.distance_transform_edt(~mask) - depth <= edge) & ~others
+    strokes = np.where(hair, 1, np.where(kept, np.clip(contrast / full, 0, 1), 0))
+    return np.asarray(strokes, dtype=np.float32), hair | (mask & kept)
+
+
+def _extent(mask: NDArray[np.bool_]) -> int:
+    """The longer side of what is set."""
+    return max(int(np.ptp(indices)) + 1 for indices in np.nonzero(mask))
+
+
+def _placement(source: int, start: int, stop: int, centre: float, scale: float, target: int) -> Array:
+    """Weights (target, source) that put `centre` into the middle, but keep all from `start` to `stop` inside."""
     middle = CENTRE_SHARE * target
     middle = min(max(middle, (centre - start) * scale), target - (stop - centre) * scale)
     wanted = centre + (np.arange(target) + 0.5 - middle) / scale  # where in the source each target pixel looks
-    reach = max(softness / scale, 1.0)
+    reach = max(1 / scale, 1.0)
     distances = np.abs(np.arange(source)[None, :] + 0.5 - wanted[:, None])
     return np.asarray(np.clip(1 - distances / reach, 0, None) / reach, dtype=np.float32)
 

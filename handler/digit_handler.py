@@ -25,7 +25,7 @@ from handler.one_pass import ONE_PASS_FILE, load_one_pass
 from handler.prepare import Prepared, Question, prepare_pictures
 from handler.reply import Maps, Reply, Result, fit_batch, render_description, render_error, render_results
 from handler.request import is_describe_request, parse_request
-from handler.saliency import Explanation, freeze, predict_and_explain
+from handler.saliency import Explanation, compute_exactly, freeze, predict_and_explain
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +49,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         manifest = context.manifest["model"]
         sums = verify_files(model_dir)
 
-        # Importing BaseHandler allows TF32 on newer GPUs; exact gradients are the product.
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+        compute_exactly()  # importing BaseHandler allows TF32 on newer GPUs; exact gradients are the product
         if not settings.get("log_batches"):
             logging.getLogger().addFilter(_is_not_of_a_batch)
         if "torch_threads" in settings:

@@ -76,6 +76,20 @@ def freeze(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
+def compute_exactly() -> None:
+    """Have this process compute float32 as float32 on every device, whatever has allowed less before.
+
+    On newer GPUs PyTorch's convolutions use TF32, with 10 bits of mantissa in place of 23, unless told otherwise, and matrix
+    products where an import, a call or TORCH_ALLOW_TF32_CUBLAS_OVERRIDE says so.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False  # alone it only leaves the choice to the switches below
+    backends: Any = torch.backends  # its parts have no types
+    cuda, mkldnn = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn), backends.mkldnn
+    for switch in (backends, *cuda, mkldnn.matmul, mkldnn.conv, mkldnn.rnn):
+        switch.fp32_precision = "ieee"
+
+
 def predict_and_explain(
     network: nn.Module | Differentiable,
     pixels: torch.Tensor,

@@ -22,6 +22,13 @@ from scripts.package import ROOT, build_archive
 DIGIT_FILES = sorted((ROOT / "tests" / "digits").glob("*.png"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the end-to-end tests' server run its workers on a GPU."""
+    parser.addoption(
+        "--device", choices=("auto", "cpu", "gpu"), default="cpu", help="of the end-to-end tests' workers; default: cpu"
+    )
+
+
 def label_of(file: Path) -> int:
     """The digit that a test picture shows: files are named DIGIT-VARIANT.png."""
     return int(file.stem.partition("-")[0])

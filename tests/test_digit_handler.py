@@ -7,6 +7,8 @@ import base64
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -308,16 +310,88 @@ def test_spoiled_archive_is_not_loaded(unpack: Callable[[], Path]) -> None:
         DigitHandler().initialize(context_for(model_dir))
 
 
-def test_worker_settings_and_exact_arithmetic_are_applied(unpack: Callable[[], Path]) -> None:
+def test_worker_settings_are_applied(unpack: Callable[[], Path]) -> None:
     threads = torch.get_num_threads()
     try:
-        torch.set_float32_matmul_precision("high")
         DigitHandler().initialize(context_for(unpack(), {"handler": {"torch_threads": threads + 1}}))
         assert torch.get_num_threads() == threads + 1
-        assert torch.get_float32_matmul_precision() == "highest"
-        assert not torch.backends.cudnn.allow_tf32
     finally:
         torch.set_num_threads(threads)
+
+
+LOAD_IN_A_WORKER = """
+import json, sys, torch
+from ts.model_loader import ModelLoaderFactory
+from ts.torch_handler import base_handler
+
+def precisions():
+    backends = torch.backends
+    switches = {
+        "all": backends, "cuda.matmul": backends.cuda.matmul, "cudnn.conv": backends.cudnn.conv, "cudnn.rnn": backends.cudnn.rnn,
+        "mkldnn.matmul": backends.mkldnn.matmul, "mkldnn.conv": backends.mkldnn.conv, "mkldnn.rnn": backends.mkldnn.rnn,
+    }
+    return {name: switch.fp32_precision for name, switch in switches.items()} | {
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "older switches": [backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32],
+    }
+
+torch.set_float32_matmul_precision("high")  # as BaseHandler does where it finds a newer GPU
+torch.backends.fp32_precision = "tf32"
+before = precisions()
+service = ModelLoaderFactory.get_model_loader().load("digits", sys.argv[1], "digit_handler.py", batch_size=1)
+handler = service._entry_point.__self__
+assert isinstance(handler, base_handler.BaseHandler)
+"""
+
+
+def run_as_worker(script: str, model_dir: Path) -> subprocess.CompletedProcess[str]:
+    """Run code after LOAD_IN_A_WORKER in a fresh process, as a TorchServe worker sees an unpacked archive."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return subprocess.run(
+        [sys.executable, "-P", "-c", LOAD_IN_A_WORKER + script, str(model_dir)],
+        cwd=model_dir,
+        env=environment | {"PYTHONPATH": str(model_dir), "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_worker_computes_float32_exactly_whatever_allowed_less(unpack: Callable[[], Path]) -> None:
+    finished = run_as_worker("print(json.dumps([before, precisions()]))", unpack())
+    before, after = json.loads(finished.stdout.splitlines()[-1])
+    assert before["all"] == before["cuda.matmul"] == before["cudnn.conv"] == before["mkldnn.matmul"] == "tf32"
+    assert (before["matmul precision"], before["older switches"]) == ("high", [True, True])
+    assert (after.pop("matmul precision"), after.pop("older switches")) == ("highest", [False, False])
+    assert set(after.values()) == {"ieee"}
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        pytest.param("handler.device = torch.device('cuda:99')", "cuda:99 does not work any more", id="no such GPU"),
+        pytest.param(
+            "handler.model.to('cuda'); handler.device = torch.device('cuda')\n"
+            "torch.zeros(1, device='cuda').gather(0, torch.tensor([9], device='cuda'))",
+            "cuda does not work any more",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+            id="failed assertion on the GPU",
+        ),
+    ],
+)
+def test_batch_on_a_lost_gpu_ends_the_worker(unpack: Callable[[], Path], loss: str, message: str) -> None:
+    """The process ends by itself, in the middle of `handle`: no reply says otherwise."""
+    batch = (
+        f"\n{loss}\n"
+        "from ts.context import RequestProcessor\n"
+        "service.context.request_processor = [RequestProcessor({})]\n"
+        "handler.handle([{'body': {'data': [[0.5] * 14 + [0.0] * 14] * 28}}], service.context)\n"
+        "print('answered')"
+    )
+    finished = run_as_worker("import logging; logging.basicConfig()" + batch, unpack())
+    assert (finished.returncode, "answered" in finished.stdout) == (1, False)
+    assert message in finished.stderr
+    assert "this worker ends" in finished.stderr
 
 
 # --- several pictures in a request

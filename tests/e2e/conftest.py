@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import requests
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -43,12 +44,23 @@ class Sample:
 
 
 @pytest.fixture(scope="session")
-def server(archive: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[TorchServe]:
+def device(pytestconfig: pytest.Config) -> str:
+    """Where the server's workers run: "cpu" or "gpu"."""
+    asked: str = pytestconfig.getoption("device")
+    if asked == "auto":
+        return "gpu" if torch.cuda.is_available() else "cpu"
+    return asked
+
+
+@pytest.fixture(scope="session")
+def server(
+    archive: Path, device: str, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
+) -> Iterator[TorchServe]:
     """One worker and a long wait for neighbours, so that requests sent at once share a batch."""
     settings = Settings(
         archive=archive,
         ports=Ports.free(),
-        device="cpu",
+        device=device,
         log_dir=tmp_path_factory.mktemp("logs"),
         model_config={
             **{"minWorkers": 1, "maxWorkers": 1, "batchSize": BATCH_SIZE, "maxBatchDelay": 60},

@@ -21,6 +21,7 @@ import requests
 from PIL import Image
 
 from scripts import explain, serve
+from scripts.gpu_report import require_workers_on
 from scripts.package import ROOT, read_archive, write_archive
 from scripts.serve import Ports, ServeError, Settings, TorchServe
 from tests.conftest import DIGIT_FILES
@@ -159,15 +160,24 @@ def test_archive_that_no_worker_can_load_ends_the_start_with_the_reason(archive:
     assert time.monotonic() - started < START_TIMEOUT_S / 2
 
 
-def test_settings_reach_torchserve(server: TorchServe) -> None:
+def test_settings_reach_torchserve(server: TorchServe, device: str) -> None:
     described = requests.get(f"{server.management_address}/models/digits", timeout=TIMEOUT_S).json()[0]
-    expected = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 8, "maxBatchDelay": 60, "deviceType": "cpu"}
+    expected = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 8, "maxBatchDelay": 60, "deviceType": device}
     assert {key: described[key] for key in expected} == expected
-    assert not described["workers"][0]["gpu"]
+    assert described["workers"][0]["gpu"] == (device == "gpu")
 
 
-def test_worker_has_the_archives_threads(server: TorchServe) -> None:
+def test_workers_on_another_device_than_asked_for_are_found_out(server: TorchServe, device: str) -> None:
+    require_workers_on(device, server)
+    other = {"cpu": "gpu", "gpu": "cpu"}[device]
+    with pytest.raises(RuntimeError, match=f"not every worker runs on the {other}"):
+        require_workers_on(other, server)
+
+
+def test_worker_has_the_archives_threads(server: TorchServe, device: str) -> None:
     """Torch's own pool would have a thread for every core in each worker."""
+    if device == "gpu":
+        pytest.skip("CUDA has threads of its own")
     (pid,) = [p.pid for p in server.processes() if "model_service_worker" in " ".join(p.cmdline())]
     with requests.Session() as session:
         for _ in range(3):
