@@ -9,9 +9,11 @@ import importlib.util
 import inspect
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 SUMS_FILE = "SHA256SUMS"
@@ -80,6 +82,21 @@ def load_network(model_file: Path, weights_file: Path) -> nn.Module:
     network = build_network(model_file)
     load_weights(network, weights_file)
     return network
+
+
+def mean_pixel_of(network: nn.Module, channels: int) -> NDArray[np.floating] | None:
+    """The mean of the pixels that a network was trained on, where it says it.
+
+    It says so by a tensor `mean` of one number, or of one for each channel.
+
+    Returns:
+        (1, 1, 1) or (C, 1, 1); None where there is none.
+    """
+    mean = getattr(network, "mean", None)
+    if not isinstance(mean, torch.Tensor) or mean.numel() not in (1, channels):
+        return None
+    values: NDArray[np.floating] = mean.detach().cpu().numpy().reshape(-1, 1, 1)
+    return values
 
 
 def load_weights(network: nn.Module, weights_file: Path) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 from handler.decode import ACCEPTED_FORMATS, MAX_PIXELS
 from handler.drawing import Style
 from handler.kserve import BYTES, EXPLANATION_OUTPUTS, MAX_PICTURES, NUMPY_TYPES, PREDICTION_OUTPUTS
-from handler.prepare import MAX_IMAGE_MAP_NUMBERS, MAX_MAPS, MAX_PREPARED_PICTURES
+from handler.methods import METHODS, PARAMETERS, Method
+from handler.prepare import MAX_GRADIENTS, MAX_IMAGE_MAP_NUMBERS, MAX_MAPS, MAX_PREPARED_PICTURES
 from handler.request import HEADER_PREFIX, OPTION_PARSERS, STYLE_OPTIONS, Options, Prepare, ReplyFormat, Targets
 
 VERSIONS_OF = ("torch", "torchserve", "numpy", "scipy", "pillow")
@@ -30,18 +31,26 @@ def describe_service(model: dict[str, str], height: int, width: int, class_count
         "options": {
             name: {
                 "accepted": parser.accepted(class_count),
-                "default": _plain(getattr(Style() if name in STYLE_OPTIONS else Options(), name)),
+                "default": _default_of(name),
                 "header": HEADER_PREFIX + name.replace("_", "-"),
             }
             for name, parser in OPTION_PARSERS.items()
         },
-        "methods": OPTION_PARSERS["method"].accepted(class_count),
+        "methods": {
+            name: {
+                "description": method.description,
+                "output": method.output,
+                "parameters": {name: parameter.description for name, parameter in method.parameters().items()},
+            }
+            for name, method in METHODS.items()
+        },
         "reply_formats": list(ReplyFormat),
         "tensor_outputs": {"prediction": PREDICTION_OUTPUTS, "explanation": EXPLANATION_OUTPUTS},
         "limits": {
             "pictures_a_request": MAX_PICTURES,
             "prepared_pictures_a_request": MAX_PREPARED_PICTURES,
             "maps_a_request": MAX_MAPS,
+            "gradients_a_request": MAX_GRADIENTS,
             "image_pixels_a_request": MAX_PIXELS,
             "image_map_numbers_a_request": MAX_IMAGE_MAP_NUMBERS,
         },
@@ -49,10 +58,15 @@ def describe_service(model: dict[str, str], height: int, width: int, class_count
     }
 
 
-def _plain(default: object) -> object:
-    """Give an option's default the form in which a client would send it."""
+def _default_of(name: str) -> object:
+    """An option's default, in the form in which a client would send it."""
+    if name in PARAMETERS:
+        return PARAMETERS[name].default
+    default = getattr(Style() if name in STYLE_OPTIONS else Options(), name)
     if default is None:  # of `prepare`: it depends on the form of the picture, and for images is this
         return Prepare.AUTO
+    if isinstance(default, Method):
+        return default.name
     if not isinstance(default, Targets):
         return default
     classes = ["predicted" if target is None else target for target in default.classes]

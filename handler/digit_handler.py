@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
-from handler.archive import load_network, verify_files
+from handler.archive import load_network, mean_pixel_of, verify_files
 from handler.describe import describe_service
 from handler.errors import InternalError, ServiceError
 from handler.one_pass import ONE_PASS_FILE, load_one_pass
@@ -60,6 +60,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         self.model = freeze(network).to(self.device)
         self.input_shape = cast(tuple[int, int, int], network.INPUT_SHAPE)  # channels, height, width
         self.class_count = cast(int, network.CLASS_COUNT)
+        self.mean_pixel = mean_pixel_of(network, self.input_shape[0])
         self.model_description = {
             "name": context.model_name,
             "version": manifest["modelVersion"],
@@ -100,7 +101,8 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             if is_describe_request(row, headers):
                 return render_description(self._describe())
             _, height, width = self.input_shape
-            return prepare_pictures(parse_request(row, headers, self.class_count), height, width)
+            request = parse_request(row, headers, self.class_count)
+            return prepare_pictures(request, height, width, has_mean=self.mean_pixel is not None)
         except ServiceError as error:
             return render_error(error)
         except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
@@ -117,7 +119,10 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             try:
                 pixels = np.stack([question.pixels for question in part])[:, None]  # (N, 1, H, W)
                 targets = [question.options.target.classes if question.options.explain else () for question in part]
-                logits, explanations = predict_and_explain(self.differentiable, torch.from_numpy(pixels).to(self.device), targets)
+                methods = [question.options.method for question in part]
+                logits, explanations = predict_and_explain(
+                    self.differentiable, torch.from_numpy(pixels).to(self.device), targets, methods, self.mean_pixel
+                )
                 yield from zip(logits, explanations, strict=True)
             except Exception as error:  # noqa: BLE001  # answered in this API's own form
                 failure = _internal_error(error)
@@ -145,8 +150,10 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         if explanation is not None:
             saliency = explanation.maps.squeeze(1)  # (T, H, W)
             if question.sent is not None:
-                saliency, picture = question.preparation.pull_back(saliency), question.sent
-            maps = Maps(explanation.classes, saliency)
+                picture = question.sent
+                gradients = question.preparation.pull_back(explanation.gradients.squeeze(1))
+                saliency = question.options.method.finish(gradients, picture)
+            maps = Maps(explanation.classes, saliency, explanation.gaps)
         return Result(question.options, logits, maps, question.describe_preparation(), picture)
 
 

@@ -17,7 +17,7 @@
         +-- BlankPicture       422  there is no ink in the picture
         +-- NotAcceptable      406  the Accept header allows no reply that could be given
         +-- ImageTooLarge      413  more pixels, or more parts of a file, than are decoded
-        +-- RequestTooLarge    413  more pictures, or maps, than one request may ask for
+        +-- RequestTooLarge    413  more pictures, maps or gradients than one request may ask for
 
 A message says what was got and what is accepted, in ASCII, with the client's own values shortened.
 """
@@ -119,7 +119,7 @@ class ImageTooLarge(ClientError):
 
 
 class RequestTooLarge(ClientError):
-    """The request asks for more pictures, or maps, than one may."""
+    """The request asks for more pictures, maps or gradients than one may."""
 
     status = 413
 

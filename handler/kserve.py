@@ -15,7 +15,8 @@ INPUTS = "inputs"  # the field that makes a body one of the Open Inference Proto
 MAX_PICTURES = 1024  # a request; as one array they take 3 MB as float32, and a CPU worker a second, well inside its time limit
 
 PREDICTION_OUTPUTS = ("digit", "probability", "probabilities", "logits")
-EXPLANATION_OUTPUTS = ("target", "saliency")  # only where an explanation was asked for
+GAP_OUTPUT = "completeness_gap"  # only of a method that has one
+EXPLANATION_OUTPUTS = ("target", "saliency", GAP_OUTPUT)  # only where an explanation was asked for
 
 BYTES = "BYTES"
 NUMPY_TYPES = {  # the protocol's number types -> numpy's

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from handler.arrays import Pictures, decode_npy, decode_tensor
 from handler.canonical import Preparation, prepare, prepare_nothing, prepare_scaling
 from handler.decode import MAX_PIXELS, DecodingBudget, Picture, decode_image, decode_numbers
-from handler.errors import BlankPicture, ClientError, RequestTooLarge, WrongShape, join_errors
+from handler.errors import BlankPicture, ClientError, InvalidOption, RequestTooLarge, WrongShape, join_errors
 from handler.kserve import MAX_PICTURES, Tensor
 from handler.request import NPY_MAGIC, Options, Payload, Prepare, ReplyFormat, Request, Space
 
@@ -21,6 +21,9 @@ from handler.request import NPY_MAGIC, Options, Payload, Prepare, ReplyFormat, R
 # serve_config/config.properties) would kill the worker. And a CPU needs a second for so many: a full batch of such requests stays
 # inside the worker's time limit.
 MAX_MAPS = 1024
+# Gradients of one picture that a request's maps take: pictures x targets x points of the method. A CPU needs 0.15 ms for each:
+# more than half a second together, and a full batch of such requests stays inside the worker's time limit too.
+MAX_GRADIENTS = 4096
 # Numbers in all maps of a request in the pixels of its pictures, where the reply holds them: 1200 x 1200. As nested JSON they
 # have up to 20 MB. A reply that only draws them may have MAX_PIXELS.
 MAX_IMAGE_MAP_NUMBERS = 1_440_000
@@ -79,16 +82,18 @@ class Prepared:
     listed: bool
 
 
-def prepare_pictures(request: Request, height: int, width: int) -> Prepared:
+def prepare_pictures(request: Request, height: int, width: int, *, has_mean: bool = True) -> Prepared:
     """Decode all pictures of a request and make them canonical.
 
     Args:
         request: as it was read.
         height, width: of the network's input.
+        has_mean: whether the network says the mean of its pixels, which some methods need.
     Raises:
         ClientError: a picture is bad; where there are several, one error names all bad ones.
-        RequestTooLarge: more than MAX_PREPARED_PICTURES have to be prepared, more than MAX_MAPS maps were asked for, or maps of
-            too many pixels.
+        InvalidOption: a method needs the mean, and there is none.
+        RequestTooLarge: more than MAX_PREPARED_PICTURES have to be prepared, more than MAX_MAPS maps were asked for, maps that
+            take more than MAX_GRADIENTS, or maps of too many pixels.
     """
     pictures, options, listed = _decode_all(request, height, width)
     questions: list[Question | ClientError] = []
@@ -108,11 +113,25 @@ def prepare_pictures(request: Request, height: int, width: int) -> Prepared:
     if errors:
         raise join_errors(errors, len(pictures)) if listed else errors[0]
     good = tuple(question for question in questions if isinstance(question, Question))
-    map_count = sum(len(asked.target.classes) for asked in options if asked.explain)
+    explained = [asked for asked in options if asked.explain]
+    map_count = sum(len(asked.target.classes) for asked in explained)
     if map_count > MAX_MAPS:
         raise RequestTooLarge(f"got {len(pictures)} pictures with {map_count} targets in all; up to {MAX_MAPS} are accepted")
+    _require_gradients(explained)
+    if not has_mean and any(asked.method.needs_mean for asked in explained):
+        raise InvalidOption("got a method that needs the mean picture, and this network does not say it; another is accepted")
     _require_map_numbers(good, MAX_PIXELS if request.reply_format is ReplyFormat.PNG else MAX_IMAGE_MAP_NUMBERS)
     return Prepared(request, good, listed)
+
+
+def _require_gradients(explained: Sequence[Options]) -> None:
+    """Refuse work that would hold the worker for too long, before it starts."""
+    count = sum(len(asked.target.classes) * asked.method.gradient_count for asked in explained)
+    if count > MAX_GRADIENTS:
+        raise RequestTooLarge(
+            f"got {len(explained)} pictures whose maps take {count:,} gradients in all (targets x samples, or steps); up to "
+            f"{MAX_GRADIENTS:,} are accepted: ask for fewer samples, steps, targets or pictures"
+        )
 
 
 def _require_map_numbers(questions: Sequence[Question], limit: int) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from handler.drawing import Row, draw
 from handler.errors import Overloaded, RequestTooLarge, ServiceError, WrongShape
-from handler.kserve import BYTES, EXPLANATION_OUTPUTS, PREDICTION_OUTPUTS, Infer
+from handler.kserve import BYTES, EXPLANATION_OUTPUTS, GAP_OUTPUT, PREDICTION_OUTPUTS, Infer
 from handler.request import Encoding, Options, ReplyFormat, Space
 
 WITH_RESPECT_TO = {
@@ -22,11 +22,10 @@ WITH_RESPECT_TO = {
     Space.IMAGE: "grey level in [0, 1] of the picture as sent",
 }
 HELD_FIXED = "geometry, stretch, the paper's level, what cleaning changed"  # while the picture's own grey levels vary
-OUTPUT = "logit"
 # Bytes of one batch's replies. TorchServe's frontend reads a batch in a time that grows with the square of its size: 32 MiB take
 # seconds, 80 MB took twenty, and a worker whose replies are not read within responseTimeout is restarted.
 MAX_BATCH_BYTES = 32 * 1024 * 1024
-MAX_HEADER_PICTURES = 100  # whose digits a binary reply's headers list; proxies refuse headers of more than 4 KB
+MAX_HEADER_PICTURES = 100  # whose digits (or, of maps, gaps) a binary reply's headers list; proxies refuse more than 4 KB
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +34,13 @@ class Maps:
 
     Attributes:
         classes: what each map explains.
-        saliency: float32 (len(classes), H, W), signed, logit per unit of intensity.
+        saliency: float32 (len(classes), H, W), signed; by the gradient, logit per unit of intensity.
+        gaps: float64 (len(classes),), where the method has completeness gaps.
     """
 
     classes: tuple[int, ...]
     saliency: NDArray[np.float32]
+    gaps: NDArray[np.floating] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,13 @@ class Result:
         """What the maps explain: a class, or a list where one was asked for."""
         assert self.maps is not None
         return list(self.maps.classes) if self.options.target.several else self.maps.classes[0]
+
+    @property
+    def gap(self) -> float | list[float]:
+        """The completeness gap of each map, in the form of `target`."""
+        assert self.maps is not None
+        assert self.maps.gaps is not None
+        return self.maps.gaps.tolist() if self.options.target.several else float(self.maps.gaps[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,14 +190,17 @@ def _describe(result: Result, model: dict[str, str]) -> dict[str, Any]:
 
 def _describe_maps(result: Result) -> dict[str, Any]:
     options, saliency = result.options, result.saliency
+    parameters = options.method.values
     return {
-        "method": options.method,
-        "output": OUTPUT,
+        "method": options.method.name,
+        **({"parameters": parameters} if parameters else {}),
+        "output": options.method.output,
         "target": result.target,
         "target_source": _target_source(options),
         "with_respect_to": WITH_RESPECT_TO[options.space],
         **({"held_fixed": HELD_FIXED} if options.space is Space.IMAGE else {}),
         "space": options.space,
+        **({GAP_OUTPUT: result.gap} if options.method.has_gap else {}),
         "shape": saliency.shape,
         "dtype": saliency.dtype.name,
         "encoding": options.encoding,
@@ -221,9 +232,12 @@ def _describe_tensors(results: Sequence[Result], model: dict[str, str], infer: I
     explained = results[0].maps is not None
     parameters: dict[str, Any] = {"weights_sha256": model["weights_sha256"]}
     if explained:
-        parameters |= {"method": options.method, "output": OUTPUT, "target_source": _target_source(options)}
+        method = options.method
+        parameters |= {"method": method.name, **method.values, "output": method.output}
+        parameters |= {"target_source": _target_source(options)}
         parameters |= {"with_respect_to": WITH_RESPECT_TO[options.space], "space": options.space}
-    names = infer.outputs or PREDICTION_OUTPUTS + (EXPLANATION_OUTPUTS if explained else ())
+    own_outputs = [name for name in EXPLANATION_OUTPUTS if name != GAP_OUTPUT or options.method.has_gap] if explained else []
+    names = infer.outputs or [*PREDICTION_OUTPUTS, *own_outputs]
     return {
         "model_name": model["name"],
         "model_version": model["version"],
@@ -262,6 +276,7 @@ _OUTPUT_MAKERS: dict[str, tuple[Callable[[Sequence[Result]], NDArray[Any]], str]
     "logits": (lambda results: np.stack([result.logits for result in results]), "FP32"),  # (N, K)
     "target": (lambda results: np.array([result.target for result in results], dtype=np.int64), "INT64"),  # (N,) or (N, T)
     "saliency": (_stack_maps, "FP32"),  # (N, H, W) or (N, T, H, W)
+    GAP_OUTPUT: (lambda results: np.array([result.gap for result in results], dtype=np.float32), "FP32"),  # (N,) or (N, T)
 }
 
 
@@ -283,11 +298,18 @@ def _render_png(results: Sequence[Result]) -> Reply:
 
 def _map_headers(results: Sequence[Result]) -> dict[str, str]:
     """What a binary reply says beside the maps. Least and largest are of their numbers, whatever the colours."""
+    methods = [result.options.method.name for result in results]
+    if len(set(methods)) == 1:
+        methods = methods[:1]
     headers = {
-        "X-Saliency-Method": str(results[0].options.method),
         "X-Saliency-Min": repr(float(min(result.saliency.min() for result in results))),
         "X-Saliency-Max": repr(float(max(result.saliency.max() for result in results))),
     }
+    if len(methods) <= MAX_HEADER_PICTURES:
+        headers["X-Saliency-Method"] = ";".join(methods)
+    gaps = [np.atleast_1d(result.gap).tolist() if result.options.method.has_gap else [] for result in results]
+    if any(gaps) and sum(map(len, gaps)) <= MAX_HEADER_PICTURES:
+        headers["X-Saliency-Completeness-Gap"] = ";".join(",".join(map(repr, own)) for own in gaps)
     if len(results) <= MAX_HEADER_PICTURES:
         headers |= {
             "X-Digit": ";".join(str(result.digit) for result in results),

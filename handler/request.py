@@ -29,7 +29,17 @@ from handler.errors import (
     UnknownOption,
     shown,
 )
-from handler.kserve import EXPLANATION_OUTPUTS, INPUTS, INSTANCES, Infer, Tensor, read_infer_body, split_instances
+from handler.kserve import (
+    EXPLANATION_OUTPUTS,
+    GAP_OUTPUT,
+    INPUTS,
+    INSTANCES,
+    Infer,
+    Tensor,
+    read_infer_body,
+    split_instances,
+)
+from handler.methods import GRADIENT, METHODS, PARAMETERS, Method, Parameter
 
 PICTURE_FIELDS = ("data", "image", "body")  # a JSON or form field of one of these names holds the picture
 NPY_MAGIC = b"\x93NUMPY"  # how every .npy file starts; no JSON can
@@ -43,12 +53,6 @@ class Encoding(StrEnum):
 
     NESTED = "nested"
     BASE64 = "base64"
-
-
-class Method(StrEnum):
-    """How the map is made."""
-
-    GRADIENT = "gradient"
 
 
 class Space(StrEnum):
@@ -92,7 +96,7 @@ class Options:
 
     explain: bool = False
     target: Targets = Targets(classes=(None,), several=False)
-    method: Method = Method.GRADIENT
+    method: Method = GRADIENT
     space: Space = Space.CANONICAL
     prepare: Prepare | None = None  # as the form of the picture suggests
     encoding: Encoding = Encoding.NESTED
@@ -171,8 +175,14 @@ class _Reader:
         self.explain_route = explain_route
 
     @functools.cached_property
+    def values(self) -> dict[str, Any]:
+        """The options given, each converted by itself."""
+        return _read_values(self.given, self.class_count)
+
+    @functools.cached_property
     def options(self) -> Options:
-        return _read_options(self.given, self.class_count, explain_route=self.explain_route)
+        """All options, which fit each other."""
+        return _fit_options(self.values, explain_route=self.explain_route)
 
     def with_fields(self, fields: Mapping[str, object]) -> "_Reader":
         """Put fields above what is given so far."""
@@ -211,7 +221,7 @@ def _read_v1(fields: Mapping[str, object], reader: _Reader, accept: str) -> Requ
     shared, instances = split_instances(fields)
     _refuse_pictures_beside(INSTANCES, shared)
     reader = reader.with_fields(shared)
-    _ = reader.options  # a mistake in what all share is one error, not one for each instance
+    _ = reader.values  # a mistake in what all share is one error, not one for each instance
     parts = tuple(_read_part_or_error(instance, reader) for instance in instances)
     asked = [part.options for part in parts if isinstance(part, Part)]
     reply_format = _negotiate(accept, explain=all(options.explain for options in asked))
@@ -227,9 +237,13 @@ def _read_v2(fields: Mapping[str, object], reader: _Reader, accept: str) -> Requ
     body = read_infer_body(fields)
     _refuse_pictures_beside(INPUTS, body.options)
     reader = reader.with_fields(body.options)
-    unexplained = [] if reader.options.explain else [name for name in body.infer.outputs if name in EXPLANATION_OUTPUTS]
+    options = reader.options
+    unexplained = [] if options.explain else [name for name in body.infer.outputs if name in EXPLANATION_OUTPUTS]
     if unexplained:
         raise InvalidRequest(f"got the output {shown(unexplained[0])} without an explanation; ask for one with 'explain'")
+    if GAP_OUTPUT in body.infer.outputs and not options.method.has_gap:
+        methods = ", ".join(method.name for method in METHODS.values() if method.has_gap)
+        raise InvalidRequest(f"got the output '{GAP_OUTPUT}' with 'method' {options.method.name}; {methods} has it")
     parts: tuple[Part | ClientError, ...]
     if isinstance(body.pictures, Tensor):
         parts = (Part(body.pictures, reader.options),)
@@ -323,8 +337,8 @@ def _decode_base64(field: str, text: str) -> bytes:
 # --- the options
 
 
-def _read_options(given: Mapping[str, object], class_count: int, *, explain_route: bool) -> Options:
-    """Check and convert the options. A field stands above a header of the same name."""
+def _read_values(given: Mapping[str, object], class_count: int) -> dict[str, Any]:
+    """Check and convert options one by one."""
     values: dict[str, Any] = {}
     for name, value in given.items():
         if name not in OPTION_PARSERS:
@@ -338,10 +352,39 @@ def _read_options(given: Mapping[str, object], class_count: int, *, explain_rout
             except UnicodeDecodeError as error:
                 raise InvalidOption(f"got bytes in {name!r} that are no UTF-8 text") from error
         values[name] = OPTION_PARSERS[name](name, value.strip() if isinstance(value, str) else value, class_count)
+    return values
+
+
+def _fit_options(values: Mapping[str, Any], *, explain_route: bool) -> Options:
+    """Make one value of those given, once they fit each other."""
     if explain_route:
-        values["explain"] = True
-    style = Style(**{name: values.pop(name) for name in STYLE_OPTIONS if name in values})
-    return Options(**values, style=style)
+        values = {**values, "explain": True}
+    general = {name: value for name, value in values.items() if name not in STYLE_OPTIONS and name not in PARAMETERS}
+    style = Style(**{name: values[name] for name in STYLE_OPTIONS if name in values})
+    if not values.keys() & {"method", *PARAMETERS}:  # as in most requests
+        return Options(**general, style=style)
+    general["method"] = _fit_method(
+        values.get("method", type(GRADIENT)), {name: value for name, value in values.items() if name in PARAMETERS}
+    )
+    options = Options(**general, style=style)
+    if options.space is Space.IMAGE and not options.method.has_image_space:
+        chosen = "".join(f" and {name!r} {value}" for name, value in options.method.values.items() if name in values)
+        raise InvalidOption(
+            f"got 'space' {options.space} with 'method' {options.method.name}{chosen}, whose maps have no meaning there; 'space' "
+            f"{Space.CANONICAL} is accepted"
+        )
+    return options
+
+
+def _fit_method(method: type[Method], parameters: Mapping[str, Any]) -> Method:
+    """Give a method its parameters."""
+    accepted = method.parameters()
+    for name in parameters:
+        if name not in accepted:
+            takes = ", ".join(accepted) or "no parameters"
+            of = ", ".join(other.name for other in METHODS.values() if name in other.parameters())
+            raise InvalidOption(f"got {name!r} with 'method' {method.name}, which takes {takes}; {name!r} belongs to {of}")
+    return method(**parameters)
 
 
 class OptionParser(Protocol):
@@ -400,60 +443,82 @@ def _parse_class(name: str, value: object, class_count: int) -> int | None:
     )
 
 
-class _SizeParser:
+class _IntegerParser:
+    def __init__(self, lowest: int, highest: int) -> None:
+        self.lowest = lowest
+        self.highest = highest
+
     def __call__(self, name: str, value: object, class_count: int) -> int:
-        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}", value):
             value = int(value)
-        if type(value) is int and MIN_SIZE <= value <= MAX_SIZE:
+        if type(value) is int and self.lowest <= value <= self.highest:
             return value
-        raise InvalidOption(f"got {shown(value)} as {name!r}; an integer from {MIN_SIZE} to {MAX_SIZE} is accepted")
+        raise InvalidOption(f"got {shown(value)} as {name!r}; {self.accepted(class_count)[0]} is accepted")
 
     def accepted(self, class_count: int) -> list[object]:
-        return [f"an integer from {MIN_SIZE} to {MAX_SIZE}"]
+        return [f"an integer from {self.lowest} to {self.highest}"]
 
 
-class _PercentileParser:
+class _NumberParser:
+    def __init__(self, lowest: float, highest: float) -> None:
+        self.lowest = lowest
+        self.highest = highest
+
     def __call__(self, name: str, value: object, class_count: int) -> float:
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", value):
             value = float(value)
-        if isinstance(value, int | float) and not isinstance(value, bool) and MIN_PERCENTILE <= value <= 100:
+        if isinstance(value, int | float) and not isinstance(value, bool) and self.lowest <= value <= self.highest:
             return float(value)
-        raise InvalidOption(f"got {shown(value)} as {name!r}; a number from {MIN_PERCENTILE} to 100 is accepted")
+        raise InvalidOption(f"got {shown(value)} as {name!r}; {self.accepted(class_count)[0]} is accepted")
 
     def accepted(self, class_count: int) -> list[object]:
-        return [f"a number from {MIN_PERCENTILE} to 100"]
+        return [f"a number from {self.lowest} to {self.highest}"]
 
 
-Choice = TypeVar("Choice", bound=StrEnum)
+Choice = TypeVar("Choice")
 
 
 class _ChoiceParser(Generic[Choice]):
-    """Reads the values of one enumeration."""
+    """Reads the values of one enumeration, or the names of one table."""
 
-    def __init__(self, choices: type[Choice]) -> None:
+    def __init__(self, choices: Mapping[str, Choice]) -> None:
         self.choices = choices
 
     def __call__(self, name: str, value: object, class_count: int) -> Choice:
-        if isinstance(value, str) and value in list(self.choices):
-            return self.choices(value)
+        if isinstance(value, str) and value in self.choices:
+            return self.choices[value]
         raise InvalidOption(f"got {shown(value)} as {name!r}; accepted: {', '.join(self.choices)}")
 
     def accepted(self, class_count: int) -> list[object]:
         return list(self.choices)
 
 
+def _members(enumeration: type[StrEnum]) -> dict[str, StrEnum]:
+    return {member.value: member for member in enumeration}
+
+
+def _parameter_parser(parameter: Parameter) -> OptionParser:
+    default = parameter.default
+    if isinstance(default, StrEnum):
+        return _ChoiceParser(_members(type(default)))
+    if isinstance(default, int):
+        return _IntegerParser(int(parameter.lowest), int(parameter.highest))
+    return _NumberParser(parameter.lowest, parameter.highest)
+
+
 OPTION_PARSERS: Mapping[str, OptionParser] = {
     "explain": _FlagParser(),
     "target": _TargetParser(),
-    "method": _ChoiceParser(Method),
-    "space": _ChoiceParser(Space),
-    "prepare": _ChoiceParser(Prepare),
-    "encoding": _ChoiceParser(Encoding),
-    "size": _SizeParser(),
-    "colormap": _ChoiceParser(Colormap),
-    "polarity": _ChoiceParser(Polarity),
-    "clip_percentile": _PercentileParser(),
-    "layout": _ChoiceParser(Layout),
+    "method": _ChoiceParser(METHODS),
+    "space": _ChoiceParser(_members(Space)),
+    "prepare": _ChoiceParser(_members(Prepare)),
+    "encoding": _ChoiceParser(_members(Encoding)),
+    "size": _IntegerParser(MIN_SIZE, MAX_SIZE),
+    "colormap": _ChoiceParser(_members(Colormap)),
+    "polarity": _ChoiceParser(_members(Polarity)),
+    "clip_percentile": _NumberParser(MIN_PERCENTILE, 100),
+    "layout": _ChoiceParser(_members(Layout)),
+    **{name: _parameter_parser(parameter) for name, parameter in PARAMETERS.items()},
 }
 STYLE_OPTIONS = tuple(field.name for field in dataclasses.fields(Style))  # the options of pictures
 

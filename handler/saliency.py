@@ -1,11 +1,12 @@
-"""One forward, one backward: logits and input gradients.
+"""One forward, one backward: logits and input gradients. And what other methods than the gradient need beside.
 
 Knows torch and numpy, and nothing of HTTP, images or TorchServe, so that a batch job or a notebook can use it alone:
 
     logits, explanations = predict_and_explain(freeze(network), pixels, targets=[(7,), (), (None, 3)])
+    ... = predict_and_explain(freeze(network), pixels, targets, methods=[GRADIENT, GRADIENT, SmoothGrad(samples=50)])
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from handler.methods import Gradient, Method, Sampled, SamplingMethod
+
+# At which sampling methods differentiate at once, so that memory stays bounded. What 64 take stays in a CPU's caches: 256 at once
+# need a third longer.
+MAX_POINTS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
@@ -21,11 +28,15 @@ class Explanation:
 
     Attributes:
         classes: the classes explained, the predicted one by its index, in the order asked for.
-        maps: float (len(classes), C, H, W), signed, unnormalised: logit per unit of input.
+        maps: float (len(classes), C, H, W), signed, unnormalised: by the gradient, logit per unit of input.
+        gradients: what the method's `finish` makes the maps of; the maps themselves where it changes nothing.
+        gaps: float64 (len(classes),), by how much the sum of each map misses what it should be; None where the method has none.
     """
 
     classes: tuple[int, ...]
     maps: NDArray[np.floating]
+    gradients: NDArray[np.floating]
+    gaps: NDArray[np.floating] | None = None
 
 
 class Differentiable(Protocol):
@@ -80,29 +91,59 @@ def compute_exactly() -> None:
 
 
 def predict_and_explain(
-    network: nn.Module | Differentiable, pixels: torch.Tensor, targets: Sequence[Sequence[int | None]]
+    network: nn.Module | Differentiable,
+    pixels: torch.Tensor,
+    targets: Sequence[Sequence[int | None]],
+    methods: Sequence[Method] | None = None,
+    mean: NDArray[np.floating] | None = None,
 ) -> tuple[NDArray[np.floating], list[Explanation | None]]:
-    """Score a batch, and differentiate the chosen scores of the rows that ask by those rows' own pixels.
+    """Score a batch, and explain the chosen scores of the rows that ask by those rows' own pixels.
 
     Rows are independent in eval mode, so the gradient of the sum of each row's own target logit holds every row's own map:
     one forward for the whole batch, then one backward over the rows that ask, or as many as the row with the most targets has.
+    Methods that differentiate at other points than the picture come after that, some rows together.
     Nothing shared changes: no gradient is accumulated anywhere, and `pixels` keeps its own state.
 
     Args:
         network: frozen (see `freeze`); takes (N, C, H, W), returns (N, K) logits. Or one with its derivative.
         pixels: float (N, C, H, W), not an inference tensor.
         targets: one sequence a row: the classes to explain, None standing for the predicted one; empty for a prediction only.
+        methods: one a row; without it the gradient for all.
+        mean: the mean pixel, of a shape that fits (C, H, W), for methods that need it.
     Returns:
         float (N, K) logits; and one Explanation a row, None where the row asked for none.
     Raises:
-        ValueError: `targets` and `pixels` differ in length.
+        ValueError: `targets` and `pixels` differ in length, or a method needs the mean and there is none.
         IndexError: a target is no class of the network.
         FloatingPointError: a logit is NaN or infinite; the gradients might look plausible all the same.
-    Source: Simonyan et al., arXiv 1312.6034, section 3.
+    Source: Simonyan et al., arXiv 1312.6034, section 3; for the methods see `handler.methods`.
     """
-    if len(targets) != len(pixels):
-        raise ValueError(f"got {len(targets)} targets for {len(pixels)} rows; one for each is needed")
+    if len(targets) != len(pixels) or (methods is not None and len(methods) != len(pixels)):
+        raise ValueError(f"got {len(targets)} targets for {len(pixels)} rows; one target and one method for each are needed")
     differentiable = Autograd(network) if isinstance(network, nn.Module) else network
+    sampling = {row: method for row, method in enumerate(methods or ()) if isinstance(method, SamplingMethod) and targets[row]}
+    if not sampling:
+        return _explain_in_place(differentiable, pixels, targets, methods)
+    own_targets = [() if row in sampling else row_targets for row, row_targets in enumerate(targets)]
+    logits, explanations = _explain_in_place(differentiable, pixels, own_targets, methods)
+    rows = []
+    for row, method in sampling.items():
+        if method.needs_mean and mean is None:
+            raise ValueError(f"{method} needs the network's mean pixel; there is none")
+        classes = _resolve(targets[row], int(logits[row].argmax()), logits.shape[1])
+        rows.append(_SampledRow(method, pixels[row].cpu().numpy(), classes, logits[row]))
+    for row, explanation in zip(sampling, _explain_by_sampling(differentiable, rows, mean, pixels.device), strict=True):
+        explanations[row] = explanation
+    return logits, explanations
+
+
+def _explain_in_place(
+    differentiable: Differentiable,
+    pixels: torch.Tensor,
+    targets: Sequence[Sequence[int | None]],
+    methods: Sequence[Method] | None = None,
+) -> tuple[NDArray[np.floating], list[Explanation | None]]:
+    """Score a batch, and explain its rows by methods that differentiate at the picture itself. All share the two passes."""
     # Rows with the most targets first, so that those that have a k-th target are always the first ones.
     order = sorted(range(len(targets)), key=lambda row: -len(targets[row]))
     is_sorted = order == list(range(len(order)))
@@ -114,20 +155,77 @@ def predict_and_explain(
 
     explanations: list[Explanation | None] = [None] * len(targets)
     if asking:
+        own_methods = {
+            place: methods[row] for place, row in enumerate(asking) if methods and not isinstance(methods[row], Gradient)
+        }
         predicted = logits.argmax(axis=1).tolist()
         classes = [_resolve(targets[row], predicted[place], logits.shape[1]) for place, row in enumerate(asking)]
-        passes = []  # the k-th holds the maps of the k-th targets of the first rows
+        passes = []  # the k-th holds the gradients of the k-th targets of the first rows
         for k in range(len(classes[0])):
             chosen = [row_classes[k] for row_classes in classes if k < len(row_classes)]
             cotangents = np.zeros((len(chosen), logits.shape[1]), logits.dtype)
             cotangents[range(len(chosen)), chosen] = 1
+            for place, method in own_methods.items():
+                weights = method.weigh(logits[place], chosen[place]) if place < len(chosen) else None
+                if weights is not None:
+                    cotangents[place] = weights
             passes.append(differentiable.pull_back(saved, torch.from_numpy(cotangents).to(scores.device)).cpu().numpy())
         for place, row in enumerate(asking):
-            maps = [passes[k][place] for k in range(len(classes[place]))]
-            explanations[row] = Explanation(classes[place], maps[0][None] if len(maps) == 1 else np.stack(maps))
+            parts = [passes[k][place] for k in range(len(classes[place]))]
+            gradients = parts[0][None] if len(parts) == 1 else np.stack(parts)
+            maps = own_methods[place].finish(gradients, pixels[row].cpu().numpy()) if place in own_methods else gradients
+            explanations[row] = Explanation(classes[place], maps, gradients)
     if not is_sorted:
         logits = logits[np.argsort(order)]
     return logits, explanations
+
+
+@dataclass(frozen=True, slots=True)
+class _SampledRow:
+    """A row whose method differentiates at other points: its pixels (C, H, W), classes to explain, and logits (K,)."""
+
+    method: SamplingMethod
+    pixels: NDArray[np.floating]
+    classes: tuple[int, ...]
+    logits: NDArray[np.floating]
+
+
+def _explain_by_sampling(
+    differentiable: Differentiable, rows: Sequence[_SampledRow], mean: NDArray[np.floating] | None, device: torch.device
+) -> Iterator[Explanation]:
+    """Explain rows at their methods' points, as many rows together as have MAX_POINTS, and at most that many points at once."""
+    for group in _group(rows):
+        points = [row.method.points(row.pixels, mean) for row in group]
+        classes = [row.classes for row, own in zip(group, points, strict=True) for _ in own]
+        together = torch.from_numpy(points[0] if len(points) == 1 else np.concatenate(points))
+        logits, gradients = [], []
+        for start in range(0, len(together), MAX_POINTS):
+            part = slice(start, start + MAX_POINTS)
+            part_logits, explanations = _explain_in_place(differentiable, together[part].to(device), classes[part])
+            logits += list(part_logits)
+            gradients += [explanation.gradients for explanation in explanations if explanation is not None]
+        start = 0
+        for row, own in zip(group, points, strict=True):
+            part = slice(start, start + len(own))
+            chosen = list(row.classes)
+            sampled = Sampled(row.pixels, row.logits[chosen], own, np.stack(logits[part])[:, chosen], np.stack(gradients[part]))
+            maps, gaps = row.method.combine(sampled)
+            yield Explanation(row.classes, maps, maps, gaps)
+            start += len(own)
+
+
+def _group(rows: Sequence[_SampledRow]) -> Iterator[list[_SampledRow]]:
+    """Take rows together that have MAX_POINTS points at most, or one that has more."""
+    group: list[_SampledRow] = []
+    point_count = 0
+    for row in rows:
+        if group and point_count + row.method.gradient_count > MAX_POINTS:
+            yield group
+            group, point_count = [], 0
+        group.append(row)
+        point_count += row.method.gradient_count
+    if group:
+        yield group
 
 
 def _resolve(targets: Sequence[int | None], predicted: int, class_count: int) -> tuple[int, ...]:

@@ -97,6 +97,8 @@ def _seeds() -> list[bytes]:
         {"data": encoded, "target": [1, "predicted"], "encoding": "base64"},
         {"data": nested, "prepare": "none"},
         {"instances": [{"data": encoded, "target": "all"}, {"data": nested}], "parameters": {"explain": True}},
+        {"data": encoded, "method": "smoothgrad", "samples": 25, "noise": 0.15, "seed": 1, "aggregate": "mean"},
+        {"data": encoded, "method": "integrated_gradients", "steps": 50, "baseline": "mean", "space": "canonical"},
         {"id": "1", "inputs": [tensor], "outputs": [{"name": "digit"}]},
         {"inputs": [{"name": "image", "shape": [-1], "datatype": "BYTES", "data": [encoded]}]},
     ]

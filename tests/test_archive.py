@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
-from handler.archive import ArchiveError, load_network, verify_files
+from handler.archive import ArchiveError, load_network, mean_pixel_of, verify_files
+from model.network import MNIST_MEAN
 from scripts.package import ROOT
 
 MODEL_FILE = ROOT / "model" / "network.py"
@@ -97,3 +99,29 @@ def test_missing_file_is_found(unpack: Callable[[], Path], name: str) -> None:
     (model_dir / name).unlink()
     with pytest.raises(ArchiveError, match=name):
         verify_files(model_dir)
+
+
+@pytest.mark.parametrize(
+    ("mean", "shape"),
+    [
+        (torch.tensor(0.25), (1, 1, 1)),
+        (torch.full((3,), 0.25), (3, 1, 1)),
+        (torch.full((1, 3, 1, 1), 0.25), (3, 1, 1)),
+        (torch.full((2,), 0.25), None),
+        (None, None),
+    ],
+    ids=["one number", "one a channel", "as it is broadcast", "another number of channels", "none"],
+)
+def test_mean_pixel_is_read_where_a_network_says_it(mean: torch.Tensor | None, shape: tuple[int, ...] | None) -> None:
+    network = nn.Flatten()
+    if mean is not None:
+        network.register_buffer("mean", mean)
+    pixel = mean_pixel_of(network, channels=3)
+    assert (None if pixel is None else pixel.shape) == shape
+    assert pixel is None or (pixel == 0.25).all()
+
+
+def test_committed_network_says_its_mean_pixel(network: nn.Module) -> None:
+    pixel = mean_pixel_of(network, channels=1)
+    assert pixel is not None
+    assert pixel.item() == pytest.approx(MNIST_MEAN)

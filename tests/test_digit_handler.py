@@ -28,6 +28,7 @@ import handler.reply as reply_module
 from handler.archive import ArchiveError
 from handler.digit_handler import DigitHandler
 from handler.drawing import Row, Style, draw
+from handler.methods import METHODS
 from handler.request import OPTION_PARSERS, parse_request
 from handler.saliency import predict_and_explain
 from tests.conftest import DIGIT_FILES, label_of, manifest_of
@@ -557,6 +558,55 @@ def test_more_maps_than_are_allowed_are_refused_before_the_network_runs(handler:
     assert "got 103 pictures with 1030 targets in all; up to 1024" in json.loads(body)["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("count", "options", "gradients"),
+    [
+        (16, {"method": "smoothgrad", "samples": "256"}, 4096),
+        (16, {"method": "smoothgrad", "samples": "257"}, 4112),
+        (8, {"method": "integrated_gradients", "steps": "51", "target": "all"}, 4160),
+        (3, {"method": "smoothgrad", "samples": "500", "target": "0,1,2"}, 4500),
+    ],
+    ids=str,
+)
+def test_more_work_than_is_allowed_is_refused_before_the_network_runs(
+    handler: DigitHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, options: dict[str, str], gradients: int
+) -> None:
+    class Refuses:
+        def score(self, pixels: torch.Tensor, explained_count: int) -> Any:
+            raise KeyError("the network ran")
+
+    monkeypatch.setattr(handler, "differentiable", Refuses())
+    row = {
+        "data": bytearray(npy(np.zeros((count, 28, 28)))),
+        **{name: bytearray(text.encode()) for name, text in options.items()},
+    }
+    ((status, _, body),) = answer(handler, [(row, {"explain": "True"})], tmp_path / "unpacked")
+    if gradients <= 4096:
+        assert status == 500  # it was let through
+        return
+    assert (status, json.loads(body)["error"]["type"]) == (413, "RequestTooLarge")
+    assert f"got {count} pictures whose maps take {gradients:,} gradients in all" in json.loads(body)["error"]["message"]
+    ((status, _, _),) = answer(handler, [(row, {"explain": "False"})], tmp_path / "unpacked")
+    assert status == 500  # a prediction takes none
+
+
+def test_mean_baseline_of_a_network_that_does_not_say_it_is_refused(
+    handler: DigitHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"X-Saliency-Method": "integrated_gradients", "X-Saliency-Steps": "2"}
+    batch: Batch = [
+        ({"body": bytearray(PICTURE)}, {"explain": explain, "X-Saliency-Baseline": baseline} | options)
+        for explain, baseline in (("True", "mean"), ("True", "zero"), ("False", "mean"))
+    ]
+    assert [status for status, _, _ in answer(handler, batch, tmp_path / "unpacked")] == [200, 200, 200]
+    monkeypatch.setattr(handler, "mean_pixel", None)
+    refused, *others = answer(handler, batch, tmp_path / "unpacked")
+    assert (refused[0], [status for status, _, _ in others]) == (400, [200, 200])
+    assert (
+        "got a method that needs the mean picture, and this network does not say it" in json.loads(refused[2])["error"]["message"]
+    )
+
+
 def test_images_of_one_request_share_a_limit_of_pixels(handler: DigitHandler, tmp_path: Path) -> None:
     """Else a thousand large images in one request would keep a worker busy past its time limit."""
     file = io.BytesIO()
@@ -604,11 +654,13 @@ def test_describe_request_of_torchserve_gets_the_description(handler: DigitHandl
     assert description["input_shape"] == [28, 28]
     assert description["options"].keys() == OPTION_PARSERS.keys()
     assert description["options"]["target"]["default"] == "predicted"
-    assert description["methods"] == description["options"]["method"]["accepted"]
+    assert list(description["methods"]) == description["options"]["method"]["accepted"] == list(METHODS)
+    assert description["methods"]["smoothgrad"]["parameters"].keys() == {"samples", "noise", "seed", "aggregate"}
     assert description["limits"] == {
         "pictures_a_request": 1024,
         "prepared_pictures_a_request": 64,
         "maps_a_request": 1024,
+        "gradients_a_request": 4096,
         "image_pixels_a_request": 16_000_000,
         "image_map_numbers_a_request": 1_440_000,
     }
@@ -617,12 +669,16 @@ def test_describe_request_of_torchserve_gets_the_description(handler: DigitHandl
 
 def test_every_value_that_the_description_lists_is_accepted(handler: DigitHandler, tmp_path: Path) -> None:
     ((_, _, body),) = answer(handler, [({}, {"describe": "True"})], tmp_path / "unpacked")
-    for name, option in json.loads(body)["options"].items():
+    description = json.loads(body)
+    owners = {one: method for method, details in description["methods"].items() for one in details["parameters"]}
+    for name, option in description["options"].items():
+        method = {"method": owners.get(name, "gradient")}
         for value in [*option["accepted"], option["default"]]:
             if not str(value).startswith(("a ", "an ")):  # a description, such as "an integer from 28 to 2048"
-                row = {"body": {"data": BASE64_PICTURE, "polarity": "absolute", name: value}}  # absolute takes every colour map
-                assert parse_request(row, {}, handler.class_count).parts, (name, value)
-        assert parse_request({"body": bytearray(PICTURE)}, {option["header"]: str(option["default"])}, handler.class_count)
+                fields = {"polarity": "absolute", **method, name: value}  # absolute takes every colour map
+                assert parse_request({"body": {"data": BASE64_PICTURE, **fields}}, {}, handler.class_count).parts, fields
+        headers = {"x-saliency-method": method["method"], option["header"]: str(option["default"])}
+        assert parse_request({"body": bytearray(PICTURE)}, headers, handler.class_count)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from handler.decode import ACCEPTED_FORMATS, MAX_PIXELS
 from handler.describe import describe_service
 from handler.errors import ClientError, ServiceError
 from handler.kserve import BYTES, EXPLANATION_OUTPUTS, MAX_ID_CHARACTERS, MAX_PICTURES, NUMPY_TYPES, PREDICTION_OUTPUTS
+from handler.methods import METHODS, PARAMETERS, Parameter
 from handler.request import HEADER_PREFIX, OPTION_PARSERS, PICTURE_FIELDS, ReplyFormat
 from scripts.package import ROOT
 from tests.openapi import DOCUMENT, DOCUMENT_FILE, example_replies, resolve, schema_at, validator_of
@@ -98,7 +99,8 @@ def test_option_has_the_default_and_the_values_of_the_code(name: str) -> None:
 CANDIDATES: list[Any] = [
     *(True, False, None, "", "true", "yes", "all", "predicted", "auto", "none", "nested", "base64", "canonical", "image"),
     *("gradient", "magic", "signed", "absolute", "RdBu_r", "rdbu_r", "viridis", "map", "overlay", "side_by_side"),
-    *(-1, 0, 9, 10, 27, 28, 49, 50, 99.5, 100, 101, 2048, 2049, 3.5),
+    *("smoothgrad", "integrated_gradients", "SmoothGrad", "mean", "squared", "variance", "zero", "mnist"),
+    *(-1, 0, 1, 9, 10, 27, 28, 49, 50, 99.5, 100, 101, 300, 301, 500, 501, 2048, 2049, 2**32 - 1, 2**32, 0.15, 1.01, 3.5),
     *([], [3], [3, "predicted"], [3, 10], ["all"], [0] * 10, [0] * 11, {}),
 ]
 
@@ -125,6 +127,50 @@ def test_document_and_code_accept_the_same_values(name: str) -> None:
 )
 def test_document_and_code_accept_the_same_targets_in_a_header(text: str) -> None:
     assert validator_of("#/components/schemas/TargetText").is_valid(text) == accepts("target", text)
+
+
+# --- methods
+
+
+def test_methods_are_those_of_the_code() -> None:
+    lines = schema_named("Method")["description"].replace("\n  ", " ").splitlines()
+    documented = dict(line.removeprefix("- `").split("`: ") for line in lines if line.startswith("- "))
+    described = {
+        name: method.description + (f" ({', '.join(f'`{one}`' for one in method.parameters())})" if method.parameters() else "")
+        for name, method in METHODS.items()
+    }
+    assert documented == described
+    assert schema_named("Output")["enum"] == list(dict.fromkeys(method.output for method in METHODS.values()))
+
+
+def test_parameters_are_those_of_the_code() -> None:
+    assert list(schema_named("MethodParameters")["properties"]) == list(PARAMETERS)
+    assert PARAMETERS.keys() <= schema_named("InferReply")["properties"]["parameters"]["properties"].keys()
+    for name, parameter in PARAMETERS.items():
+        methods = [method.name for method in METHODS.values() if name in method.parameters()]
+        owners = ", ".join(f"`{method}`" for method in methods)
+        assert option_schema(name)["description"] == f"Of {owners}: {parameter.description}"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_reply_has_the_parameters_of_its_method(name: str) -> None:
+    method = METHODS[name]()
+    explanation: dict[str, Any] = {
+        **{"method": name, "output": method.output, "target": 3, "target_source": "request", "space": "canonical"},
+        **{"with_respect_to": "pixel intensity in [0, 1]", "shape": [28, 28], "dtype": "float32", "encoding": "base64"},
+        "saliency": "",
+    }
+    explanation |= {"parameters": method.values} if method.values else {}
+    explanation |= {"completeness_gap": 0.25} if method.has_gap else {}
+    schema = validator_of("#/components/schemas/Explanation")
+    schema.validate(explanation)
+    for key in ("parameters", "completeness_gap"):
+        without = {other: value for other, value in explanation.items() if other != key}
+        assert schema.is_valid(without) == (key not in explanation)
+    if not method.values:
+        assert not schema.is_valid(explanation | {"parameters": {"samples": 25}})
+    if not method.has_gap:
+        assert not schema.is_valid(explanation | {"completeness_gap": 0.25})
 
 
 # --- limits, formats, tensors
@@ -213,6 +259,25 @@ def test_readme_has_the_same_values_and_default(name: str) -> None:
     (row,) = [row for row in readme_rows(4) if row[1].startswith(f"`{name}`")]
     assert re.findall(r'`"(\w+)"`', row[1]) == option_schema(name)["enum"]
     assert row[3].strip('`"') == option_schema(name)["default"]
+
+
+def test_readme_has_the_same_methods() -> None:
+    rows = {row[0].strip("`"): row[1:] for row in readme_rows(5) if row[0] != "`method`" and row[0].startswith("`")}
+    assert list(rows) == list(METHODS)
+    for name, (description, output, parameters, image_space) in rows.items():
+        method = METHODS[name]()
+        assert (description, output) == (method.description, f"`{method.output}`")
+        assert re.findall(r"`(\w+)`", parameters) == list(method.parameters())
+        assert (image_space != "no") == method.has_image_space
+
+
+@pytest.mark.parametrize(("name", "parameter"), PARAMETERS.items())
+def test_readme_has_the_same_parameters(name: str, parameter: Parameter) -> None:
+    (row,) = [row for row in readme_rows(4) if row[1].startswith(f"`{name}`")]
+    assert row[0] == parameter.description
+    assert row[3] == f"`{parameter.default}`"
+    if parameter.highest:
+        assert row[1] == f"`{name}`: {parameter.lowest} to {parameter.highest}"
 
 
 def test_readme_has_the_same_errors() -> None:

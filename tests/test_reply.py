@@ -7,6 +7,7 @@ import pytest
 
 from handler.errors import WrongShape
 from handler.kserve import MAX_ID_CHARACTERS, MAX_PICTURES, Infer
+from handler.methods import GRADIENT, Aggregate, Baseline, GradientXInput, IntegratedGradients, Method, SmoothGrad
 from handler.prepare import MAX_MAPS
 from handler.reply import MAX_BATCH_BYTES, Maps, Reply, Result, fit_batch, render_results
 from handler.request import Options, ReplyFormat
@@ -15,10 +16,12 @@ from scripts.serve import SERVE_CONFIG
 MODEL = {"name": "digits", "version": "1.0", "weights_sha256": "0" * 64}
 
 
-def result(height: int, value: float = 0) -> Result:
-    maps = Maps((3,), np.full((1, height, 28), value, np.float32))
+def result(height: int, value: float = 0, method: Method = GRADIENT) -> Result:
+    gaps = np.array([-1.2345678901234567e-10]) if method.has_gap else None
+    maps = Maps((3,), np.full((1, height, 28), value, np.float32), gaps)
     preparation = {"source": "PNG image", "steps": []}
-    return Result(Options(explain=True), np.arange(10, dtype=np.float32), maps, preparation, maps.saliency[0])
+    options = Options(explain=True, method=method)
+    return Result(options, np.arange(10, dtype=np.float32), maps, preparation, maps.saliency[0])
 
 
 @pytest.mark.parametrize(
@@ -34,8 +37,12 @@ def test_maps_of_different_shapes_may_stand_in_a_list() -> None:
     assert reply.status == 200
 
 
+LONGEST = SmoothGrad(samples=500, noise=0.12345678901234568, seed=2**32 - 1, aggregate=Aggregate.VARIANCE)
+
+
+@pytest.mark.parametrize("method", [GRADIENT, LONGEST, IntegratedGradients(300, Baseline.ZERO)], ids=lambda method: method.name)
 @pytest.mark.parametrize("infer", [None, Infer("\U0001f600" * MAX_ID_CHARACTERS, ())], ids=["v1", "v2"])
-def test_largest_reply_is_one_that_torchserve_sends(infer: Infer | None) -> None:
+def test_largest_reply_is_one_that_torchserve_sends(infer: Infer | None, method: Method) -> None:
     """A reply over max_response_size would kill the worker, and its batch with it."""
     (limit,) = [
         line.partition("=")[2]
@@ -44,8 +51,32 @@ def test_largest_reply_is_one_that_torchserve_sends(infer: Infer | None) -> None
     ]
     assert MAX_MAPS >= MAX_PICTURES
     longest_float = float(np.float32(-1.1754944e-38))
-    one = render_results([result(28, longest_float)], ReplyFormat.JSON, MODEL, listed=True, infer=infer)
+    one = render_results([result(28, longest_float, method)], ReplyFormat.JSON, MODEL, listed=True, infer=infer)
     assert len(one.body) * MAX_MAPS < min(int(limit), MAX_BATCH_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("methods", "expected"),
+    [
+        ([GradientXInput()] * 101, "gradient_x_input"),
+        ([GradientXInput(), GRADIENT] * 50, ";".join(["gradient_x_input", "gradient"] * 50)),
+        ([GradientXInput(), GRADIENT] * 51, None),
+    ],
+    ids=["all alike", "a hundred different", "more"],
+)
+def test_binary_reply_names_its_methods(methods: list[Method], expected: str | None) -> None:
+    reply = render_results([result(28, method=method) for method in methods], ReplyFormat.NPY, MODEL, listed=True, infer=None)
+    assert reply.headers.get("X-Saliency-Method") == expected
+    assert all(len(value) < 4096 for value in reply.headers.values())
+
+
+@pytest.mark.parametrize(("count", "has_header"), [(100, True), (101, False)])
+def test_binary_reply_lists_up_to_a_hundred_gaps(count: int, has_header: bool) -> None:
+    results = [result(28), *[result(28, method=IntegratedGradients())] * count]
+    reply = render_results(results, ReplyFormat.NPY, MODEL, listed=True, infer=None)
+    found = reply.headers.get("X-Saliency-Completeness-Gap")
+    assert found == (";-1.2345678901234568e-10" * count if has_header else None)
+    assert all(len(value) < 4096 for value in reply.headers.values())
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,17 @@ from handler.errors import (
     NotAcceptable,
     UnknownOption,
 )
+from handler.methods import (
+    GRADIENT,
+    METHODS,
+    PARAMETERS,
+    Aggregate,
+    Baseline,
+    GradientXInput,
+    IntegratedGradients,
+    LossGradient,
+    SmoothGrad,
+)
 from handler.request import Encoding, Options, Part, Prepare, ReplyFormat, Request, Targets, parse_request
 
 PICTURE = b"\x89PNG any bytes"
@@ -145,6 +156,12 @@ OPTION_CASES = [
     pytest.param("target", [3], Options(target=Targets((3,), several=True)), id="list of one"),
     pytest.param("target", "all", Options(target=Targets(tuple(range(10)), several=True)), id="all"),
     pytest.param("method", "gradient", Options(), id="method"),
+    pytest.param("method", "loss_gradient", Options(method=LossGradient()), id="loss gradient"),
+    pytest.param("method", "gradient_x_input", Options(method=GradientXInput()), id="gradient x input"),
+    pytest.param("method", "smoothgrad", Options(method=SmoothGrad(25, 0.15, 0, Aggregate.MEAN)), id="smoothgrad"),
+    pytest.param(
+        "method", "integrated_gradients", Options(method=IntegratedGradients(50, Baseline.ZERO)), id="integrated gradients"
+    ),
     pytest.param("space", "canonical", Options(), id="space"),
     pytest.param("prepare", "none", Options(prepare=Prepare.NONE), id="prepare"),
     pytest.param("encoding", "base64", Options(encoding=Encoding.BASE64), id="encoding"),
@@ -167,6 +184,88 @@ def test_option_means_the_same_in_json_form_and_header(name: str, value: object,
     assert parse_part({"data": bytearray(PICTURE), name: text}).options == expected
     assert parse_part({"body": bytearray(PICTURE)}, {f"X-SALIENCY-{name}": f" {text} "}).options == expected
     assert parse_part({"body": bytearray(PICTURE)}, {f"x-saliency-{name.replace('_', '-')}": text}).options == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"method": "smoothgrad", "samples": 1}, SmoothGrad(samples=1)),
+        ({"samples": 500, "method": "smoothgrad", "noise": 0}, SmoothGrad(samples=500, noise=0)),
+        ({"method": "smoothgrad", "seed": 2**32 - 1, "noise": 0.5}, SmoothGrad(seed=2**32 - 1, noise=0.5)),
+        ({"method": "smoothgrad", "aggregate": "variance"}, SmoothGrad(aggregate=Aggregate.VARIANCE)),
+        ({"method": "integrated_gradients", "steps": 300, "baseline": "mean"}, IntegratedGradients(300, Baseline.MEAN)),
+    ],
+    ids=str,
+)
+def test_parameters_mean_the_same_in_json_form_and_header(given: dict[str, object], expected: object) -> None:
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+    assert parse_part({"body": {"data": BASE64, **given}}, JSON_HEADERS).options.method == expected
+    form = {name: bytearray(text.encode()) for name, text in texts.items()}
+    assert parse_part({"data": bytearray(PICTURE), **form}).options.method == expected
+    headers = {f"X-Saliency-{name}": text for name, text in texts.items()}
+    assert parse_part({"body": bytearray(PICTURE)}, headers).options.method == expected
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_of_another_method_is_refused(name: str) -> None:
+    value = PARAMETERS[name].default
+    for method in METHODS.values():
+        fields = {"data": BASE64, "method": method.name, name: value}
+        if name in method.parameters():
+            assert parse_part({"body": fields}, JSON_HEADERS).options.method == method()
+        else:
+            with pytest.raises(
+                InvalidOption, match=f"got '{name}' with 'method' {method.name}, which takes .*; '{name}' belongs"
+            ):
+                parse({"body": fields}, JSON_HEADERS)
+    with pytest.raises(InvalidOption, match=f"got '{name}' with 'method' gradient, which takes no parameters"):
+        parse({"body": {"data": BASE64}}, JSON_HEADERS | {f"X-Saliency-{name}": str(value)})
+
+
+@pytest.mark.parametrize(
+    ("options", "is_accepted"),
+    [
+        ({"method": "loss_gradient"}, True),
+        ({"method": "gradient_x_input"}, True),
+        ({"method": "smoothgrad"}, True),
+        ({"method": "smoothgrad", "aggregate": "squared"}, False),
+        ({"method": "smoothgrad", "aggregate": "variance"}, False),
+        ({"method": "integrated_gradients"}, False),
+    ],
+    ids=str,
+)
+def test_map_without_a_meaning_in_the_clients_pixels_is_refused(options: dict[str, str], is_accepted: bool) -> None:
+    row = {"body": {"data": BASE64, "space": "image", **options}}
+    if is_accepted:
+        assert parse_part(row, JSON_HEADERS).options.method.name == options["method"]
+        return
+    given = "".join(f" and '{name}' {value}" for name, value in options.items() if name != "method")
+    with pytest.raises(InvalidOption, match=f"got 'space' image with 'method' {options['method']}{given}, whose maps have no "):
+        parse(row, JSON_HEADERS)
+
+
+def test_instances_have_methods_of_their_own_and_share_parameters_that_fit() -> None:
+    instances = [BASE64, {"data": BASE64, "method": "smoothgrad"}, {"data": BASE64, "method": "loss_gradient"}]
+    shared = parse({"body": {"instances": instances[1:2], "samples": 5, "noise": 0.1}}).parts
+    assert [part.options.method for part in shared if isinstance(part, Part)] == [SmoothGrad(5, 0.1)]
+    own = parse({"body": {"instances": instances}}).parts
+    assert [part.options.method for part in own if isinstance(part, Part)] == [GRADIENT, SmoothGrad(), LossGradient()]
+    plain, smooth, loss = parse({"body": {"instances": instances, "samples": 5}}).parts
+    assert isinstance(smooth, Part)
+    assert smooth.options.method == SmoothGrad(5)
+    for part in (plain, loss):
+        assert isinstance(part, InvalidOption)
+        assert "got 'samples' with 'method' " in part.message
+
+
+def test_gap_is_an_output_of_integrated_gradients_alone() -> None:
+    tensor = {"name": "x", "shape": [1], "datatype": "BYTES", "data": [BASE64]}
+    body = {"inputs": [tensor], "outputs": [{"name": "completeness_gap"}], "explain": True}
+    assert parse({"body": body | {"method": "integrated_gradients"}}).infer is not None
+    with pytest.raises(
+        InvalidRequest, match="got the output 'completeness_gap' with 'method' gradient; integrated_gradients has it"
+    ):
+        parse({"body": body})
 
 
 @pytest.mark.parametrize("text", ["3,9", "3, 9", "[3, 9]", " 3 ,9 "])
@@ -195,7 +294,13 @@ def test_target_that_is_no_class_is_refused(value: object) -> None:
         ("explain", "yes", "true and false"),
         ("explain", 1, "true and false"),
         ("explain", None, "true and false"),
-        ("method", "lime", "gradient"),
+        ("method", "lime", "gradient, loss_gradient, gradient_x_input, smoothgrad, integrated_gradients"),
+        *[("samples", value, "an integer from 1 to 500") for value in (0, 501, 25.0, True, None, "-1", "1e2", "")],
+        *[("noise", value, "a number from 0 to 1") for value in (-0.1, 1.1, True, None, "nan", "-0", float("nan"), float("inf"))],
+        *[("seed", value, "an integer from 0 to 4294967295") for value in (-1, 2**32, 0.5, False, "+1", "9" * 11)],
+        *[("steps", value, "an integer from 1 to 300") for value in (0, 301, 50.0, "fifty")],
+        ("aggregate", "median", "mean, squared, variance"),
+        ("baseline", 0, "zero, mean"),
         ("space", "frequency", "canonical"),
         ("prepare", "Auto", "auto, none"),
         ("encoding", 64, "nested, base64"),
@@ -245,7 +350,7 @@ def test_unknown_option_is_refused_and_the_known_ones_are_named(row: object, hea
     with pytest.raises(
         UnknownOption,
         match="got the option 'colour'; accepted are explain, target, method, space, prepare, encoding, "
-        "size, colormap, polarity, clip_percentile, layout ",
+        "size, colormap, polarity, clip_percentile, layout, samples, noise, seed, aggregate, steps, baseline ",
     ):
         parse(row, headers)
 

@@ -45,7 +45,7 @@ def test_every_reply_format_is_as_described(server: TorchServe, path: str, accep
     assert (reply.status_code, reply.headers["Content-Type"]) == (200, accept)
     validate_reply(path, "post", reply)
     described = DOCUMENT["components"]["responses"]["Answer"]["headers"]
-    assert all((name in reply.headers) == (accept != "application/json") for name in described)
+    assert all((name in reply.headers) == (accept != "application/json") for name in described if "Gap" not in name)
 
 
 @pytest.mark.parametrize(("make", "status", "kind"), ERRORS)

@@ -1,0 +1,316 @@
+"""The methods through a real TorchServe: every one in one batch, in every protocol and format, and what is refused.
+
+Numbers are compared with those that the same functions give in this process, from the same weights, in float64.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+import torch
+from PIL import Image
+from torch import nn
+
+from handler.methods import (
+    GRADIENT,
+    Aggregate,
+    Baseline,
+    GradientXInput,
+    IntegratedGradients,
+    LossGradient,
+    Method,
+    SmoothGrad,
+)
+from handler.saliency import Explanation, freeze, predict_and_explain
+from model.network import MNIST_MEAN
+from scripts.serve import TorchServe
+from tests.e2e.conftest import BATCH_SIZE, TIMEOUT_S, Sample
+from tests.e2e.test_api import Arguments, ask, ask_at_once, base64_of, check_error, check_prediction, explain, predict
+
+MEAN = np.full((1, 1, 1), MNIST_MEAN, np.float32)
+METHODS: list[Method] = [
+    GRADIENT,
+    LossGradient(),
+    GradientXInput(),
+    SmoothGrad(samples=10, noise=0.1, seed=7),
+    SmoothGrad(samples=12, seed=8, aggregate=Aggregate.VARIANCE),
+    IntegratedGradients(steps=20),
+    IntegratedGradients(baseline=Baseline.MEAN),
+]
+BY_METHOD = pytest.mark.parametrize("method", METHODS, ids=str)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The committed network in float64."""
+
+    network: nn.Module
+
+    def explain(self, sample: Sample, target: int | None, method: Method) -> Explanation:
+        """Explain one class of one picture."""
+        pixels = torch.from_numpy(sample.levels.astype(np.float32) / np.float32(255)).double()[None, None]
+        _, (explanation,) = predict_and_explain(self.network, pixels, [(target,)], [method], MEAN)
+        assert explanation is not None
+        return explanation
+
+    def assert_map(self, saliency: object, sample: Sample, target: int | None, method: Method) -> None:
+        """Compare a map (28, 28).
+
+        Of the points that a method takes, a few have max pools that tie but for float32's rounding, which changes their share of
+        the map in some pixels.
+        """
+        expected = self.explain(sample, target, method).maps[0, 0]
+        differences = np.abs(np.asarray(saliency) - expected)
+        assert differences.shape == (28, 28)
+        assert np.quantile(differences, 0.75) < 5e-5
+        assert differences.max() < (5e-5 if method.gradient_count == 1 else 0.25 * np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def reference(network: nn.Module) -> Reference:
+    copy = freeze(type(network)().double())
+    copy.load_state_dict(network.state_dict())
+    return Reference(copy)
+
+
+def options_of(method: Method) -> dict[str, Any]:
+    """What a client sends for a method."""
+    return {"method": method.name, **method.values}
+
+
+def headers_of(method: Method) -> dict[str, str]:
+    return {f"X-Saliency-{name}": str(value) for name, value in options_of(method).items()}
+
+
+def check_explanation_by(
+    explanation: dict[str, Any], sample: Sample, target: int | None, method: Method, reference: Reference
+) -> None:
+    assert explanation["method"] == method.name
+    assert explanation.get("parameters", {}) == method.values
+    assert explanation["output"] == ("cross_entropy" if isinstance(method, LossGradient) else "logit")
+    assert explanation["target"] == (sample.predicted if target is None else target)
+    reference.assert_map(explanation["saliency"], sample, target, method)
+    assert ("completeness_gap" in explanation) == isinstance(method, IntegratedGradients)
+
+
+# --- one batch
+
+
+def test_all_methods_and_predictions_share_a_batch(
+    server: TorchServe,
+    samples: list[Sample],
+    reference: Reference,
+    batch_count: Callable[[], int],
+    worker_pids: Callable[[], list[int]],
+) -> None:
+    """Seven methods and a prediction at once, each of another picture and class, until they have shared one batch."""
+    workers = worker_pids()
+    assert len(METHODS) == BATCH_SIZE - 1
+    targets = [None, 3, 9, None, 0, None, 5]
+    for _ in range(10):
+        batches_before = batch_count()
+        batch: list[Arguments] = [predict(data=samples[-1].png)]
+        for method, sample, target in zip(METHODS, samples, targets, strict=False):
+            fields = {"data": base64_of(sample), "target": "predicted" if target is None else target, **options_of(method)}
+            batch.append(explain(json=fields))
+        prediction, *replies = ask_at_once(server, batch)
+        assert "explanation" not in check_prediction(prediction, samples[-1])
+        for method, sample, target, reply in zip(METHODS, samples, targets, replies, strict=False):
+            check_explanation_by(check_prediction(reply, sample)["explanation"], sample, target, method, reference)
+        if batch_count() == batches_before + 1:
+            break
+    else:
+        pytest.fail("the eight requests never shared one batch")
+    assert worker_pids() == workers
+
+
+@BY_METHOD
+def test_method_and_parameters_as_headers_and_as_form(
+    server: TorchServe, samples: list[Sample], reference: Reference, method: Method
+) -> None:
+    for arguments in (
+        explain(data=samples[0].png, headers=headers_of(method)),
+        explain(files={"data": samples[0].png}, data=options_of(method)),
+    ):
+        explanation = check_prediction(ask(server, arguments), samples[0])["explanation"]
+        check_explanation_by(explanation, samples[0], None, method, reference)
+
+
+def test_gap_is_by_how_much_the_map_misses_the_difference_of_scores(
+    server: TorchServe, samples: list[Sample], reference: Reference
+) -> None:
+    """Of the numbers in the reply itself, for several targets."""
+    targets = [2, samples[0].predicted]
+    for baseline, level in ((Baseline.ZERO, 0.0), (Baseline.MEAN, MNIST_MEAN)):
+        options = options_of(IntegratedGradients(15, baseline))
+        content = check_prediction(
+            ask(server, explain(json={"data": base64_of(samples[0]), "target": targets, **options})), samples[0]
+        )
+        start = reference.network(torch.full((1, 1, 28, 28), level, dtype=torch.float64))[0].numpy()
+        differences = (np.array(content["logits"]) - start)[targets]
+        sums = np.array(content["explanation"]["saliency"]).sum(axis=(1, 2))
+        assert content["explanation"]["target"] == targets
+        np.testing.assert_allclose(content["explanation"]["completeness_gap"], sums - differences, rtol=0, atol=1e-4)
+
+
+def test_same_seed_gives_the_same_map(server: TorchServe, samples: list[Sample]) -> None:
+    def saliency(seed: int) -> Any:
+        fields = {"data": base64_of(samples[2]), "method": "smoothgrad", "samples": 5, "seed": seed}
+        return np.array(ask(server, explain(json=fields)).json()["explanation"]["saliency"])
+
+    first = saliency(1)
+    np.testing.assert_allclose(saliency(1), first, rtol=0, atol=1e-5)
+    assert np.abs(saliency(2) - first).max() > 1e-2
+
+
+# --- protocols and formats
+
+
+def test_instances_have_methods_of_their_own(server: TorchServe, samples: list[Sample], reference: Reference) -> None:
+    plans = [(samples[row], [None, 4][row % 2], method) for row, method in enumerate(METHODS)]
+    instances: list[dict[str, Any]] = [
+        {"data": base64_of(sample), "target": "predicted" if target is None else target, "explain": True, **options_of(method)}
+        for sample, target, method in plans
+    ]
+    instances.append({"data": base64_of(samples[0])})
+    reply = requests.post(f"{server.address}/v1/models/digits:predict", json={"instances": instances}, timeout=TIMEOUT_S).json()
+    *explanations, nothing = reply["explanations"]
+    assert nothing is None
+    for explanation, (sample, target, method) in zip(explanations, plans, strict=True):
+        check_explanation_by(explanation, sample, target, method, reference)
+
+
+@BY_METHOD
+def test_tensors_say_method_parameters_and_gap(
+    server: TorchServe, samples: list[Sample], reference: Reference, method: Method
+) -> None:
+    tensor = {"name": "x", "shape": [2], "datatype": "BYTES", "data": [base64_of(sample) for sample in samples[:2]]}
+    body = {"inputs": [tensor], "parameters": {"target": 6, **options_of(method)}}
+    reply = requests.post(f"{server.address}/v2/models/digits/explain", json=body, timeout=TIMEOUT_S).json()
+    assert options_of(method).items() <= reply["parameters"].items()
+    outputs = {output["name"]: np.array(output["data"]).reshape(output["shape"]) for output in reply["outputs"]}
+    for saliency, sample in zip(outputs["saliency"], samples[:2], strict=True):
+        reference.assert_map(saliency, sample, 6, method)
+    assert ("completeness_gap" in outputs) == isinstance(method, IntegratedGradients)
+    if "completeness_gap" in outputs:
+        expected = [reference.explain(sample, 6, method).gaps for sample in samples[:2]]
+        np.testing.assert_allclose(
+            outputs["completeness_gap"], np.concatenate([gap for gap in expected if gap is not None]), atol=0.05
+        )
+
+
+@BY_METHOD
+def test_npy_and_png_replies_name_the_method(
+    server: TorchServe, samples: list[Sample], reference: Reference, method: Method
+) -> None:
+    npy, png = (
+        ask(server, explain(data=samples[1].png, headers=headers_of(method) | {"Accept": accept, "X-Saliency-Size": "56"}))
+        for accept in ("application/x-npy", "image/png")
+    )
+    array = np.load(BytesIO(npy.content))
+    assert array.dtype == np.float32
+    reference.assert_map(array, samples[1], None, method)
+    with Image.open(BytesIO(png.content)) as drawn:
+        assert drawn.size == (56, 56)
+        assert len(drawn.convert("RGB").getcolors(56 * 56) or []) > 50
+    for reply in (npy, png):
+        assert reply.headers["X-Saliency-Method"] == method.name
+        assert float(reply.headers["X-Saliency-Max"]) == pytest.approx(array.max(), abs=1e-4)
+        assert ("X-Saliency-Completeness-Gap" in reply.headers) == isinstance(method, IntegratedGradients)
+    if isinstance(method, IntegratedGradients):
+        gaps = reference.explain(samples[1], None, method).gaps
+        assert gaps is not None
+        assert float(npy.headers["X-Saliency-Completeness-Gap"]) == pytest.approx(gaps[0], abs=0.05)
+
+
+def test_npy_of_several_methods_names_each(server: TorchServe, samples: list[Sample], reference: Reference) -> None:
+    methods = [LossGradient(), IntegratedGradients(steps=3), GRADIENT]
+    instances = [{"data": base64_of(samples[row]), "target": [1, 2], **options_of(method)} for row, method in enumerate(methods)]
+    reply = requests.post(
+        f"{server.address}/v1/models/digits:explain",
+        json={"instances": instances},
+        headers={"Accept": "application/x-npy"},
+        timeout=TIMEOUT_S,
+    )
+    array = np.load(BytesIO(reply.content))
+    assert array.shape == (3, 2, 28, 28)
+    for row, method in enumerate(methods):
+        for column, target in enumerate((1, 2)):
+            reference.assert_map(array[row, column], samples[row], target, method)
+    assert reply.headers["X-Saliency-Method"] == "loss_gradient;integrated_gradients;gradient"
+    before, gaps, after = reply.headers["X-Saliency-Completeness-Gap"].split(";")
+    assert (before, len(gaps.split(",")), after) == ("", 2, "")
+
+
+def test_maps_in_the_pixels_of_the_clients_picture(server: TorchServe, samples: list[Sample]) -> None:
+    """Enlarged and inverted, so that preparation has something to do; the gradient there is tested elsewhere."""
+    content = BytesIO()
+    sent = Image.fromarray(255 - samples[3].levels).resize((84, 84), Image.Resampling.BICUBIC)
+    sent.save(content, format="PNG")
+
+    def saliency(**options: object) -> Any:
+        fields = {key: str(value) for key, value in options.items()}
+        reply = ask(server, explain(files={"data": content.getvalue()}, data={"space": "image", "target": "3", **fields}))
+        explanation = reply.json()["explanation"]
+        assert explanation["shape"] == [84, 84]
+        assert "held_fixed" in explanation
+        return np.array(explanation["saliency"])
+
+    gradient = saliency(method="gradient")
+    assert np.abs(gradient).max() > 1e-2
+    np.testing.assert_allclose(saliency(method="gradient_x_input"), gradient * (np.asarray(sent) / 255), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(saliency(method="smoothgrad", noise=0, samples=2), gradient, rtol=0, atol=1e-4)
+    loss = saliency(method="loss_gradient")
+    assert loss.ravel() @ gradient.ravel() < 0
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "kind", "message"),
+    [
+        ({"method": "lime"}, 400, "InvalidOption", "accepted: gradient, loss_gradient, gradient_x_input, smoothgrad"),
+        ({"samples": 5}, 400, "InvalidOption", "got 'samples' with 'method' gradient, which takes no parameters"),
+        ({"method": "smoothgrad", "steps": 5}, 400, "InvalidOption", "which takes samples, noise, seed, aggregate"),
+        ({"method": "smoothgrad", "samples": 501}, 400, "InvalidOption", "an integer from 1 to 500 is accepted"),
+        ({"method": "integrated_gradients", "baseline": "blur"}, 400, "InvalidOption", "accepted: zero, mean"),
+        ({"method": "integrated_gradients", "space": "image"}, 400, "InvalidOption", "have no meaning there"),
+        (
+            {"method": "smoothgrad", "samples": 410, "target": "all"},
+            413,
+            "RequestTooLarge",
+            "got 1 pictures whose maps take 4,100 gradients in all",
+        ),
+    ],
+    ids=str,
+)
+def test_mistake_is_refused_with_what_is_accepted(
+    server: TorchServe, samples: list[Sample], options: dict[str, Any], status: int, kind: str, message: str
+) -> None:
+    reply = ask(server, explain(json={"data": base64_of(samples[0]), **options}))
+    check_error(reply, status, kind)
+    assert message in reply.json()["error"]["message"]
+
+
+def test_bad_parameters_of_instances_are_named_by_index(server: TorchServe, samples: list[Sample]) -> None:
+    instances = [base64_of(samples[0]), {"data": base64_of(samples[0]), "steps": 3}, {"data": base64_of(samples[0]), "noise": 2}]
+    reply = requests.post(f"{server.address}/v1/models/digits:explain", json={"instances": instances}, timeout=TIMEOUT_S)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["indices"] == [1, 2]
+
+
+def test_largest_work_that_is_accepted_is_done(
+    server: TorchServe, samples: list[Sample], worker_pids: Callable[[], list[int]]
+) -> None:
+    workers = worker_pids()
+    fields = {"data": base64_of(samples[0]), "method": "smoothgrad", "samples": 409, "target": "all", "encoding": "base64"}
+    replies = ask_at_once(server, [explain(json=fields)] * 3)
+    for reply in replies:
+        explanation = check_prediction(reply, samples[0])["explanation"]
+        assert explanation["shape"] == [10, 28, 28]
+    assert worker_pids() == workers
