@@ -8,7 +8,7 @@ SOURCES := $(wildcard handler/*.py model/network.py) model/weights.safetensors s
            scripts/package.py scripts/derive.py scripts/prove_archive.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format package accuracy load benchmark fuzz train digits picture lock clean
+.PHONY: help setup serve test lint format package accuracy load benchmark sweep scale fuzz train digits picture lock clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -43,6 +43,12 @@ benchmark: .venv/.installed-dev ## measure this service beside its peers (a quar
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --group peers
 	$(BIN)/python -m scripts.benchmark_step
 	$(BIN)/python -m scripts.benchmark $(ARGS)
+
+sweep: .venv/.installed-dev build/digits.mar ## measure what each setting of the server is worth (an hour); ARGS="--settings batchSize,vmargs"
+	$(BIN)/python -m scripts.sweep $(ARGS)
+
+scale: .venv/.installed-dev build/digits.mar ## measure how cost grows, and draw .github/scaling.png; ARGS="--rounds 3"
+	$(BIN)/python -m scripts.scale $(ARGS)
 
 fuzz: .venv/.installed-dev ## fuzz the path of a request for ten minutes, guided by coverage; ARGS="--seconds 60"
 	$(PIP) install atheris==3.0.0
