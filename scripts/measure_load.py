@@ -14,14 +14,12 @@ from typing import Any
 
 import yaml
 
+from scripts.benchmark import HEADERS, LONE_CONNECTION, PICTURES, WARM_UP_SHARE
 from scripts.load import Call, Failure, build_call, run_closed
 from scripts.load_test import KINDS, describe_machine, is_right_form
-from scripts.package import MODEL_NAME, ROOT
+from scripts.package import MODEL_NAME
 from scripts.serve import SERVE_CONFIG, find_java_home
 
-PICTURES = sorted((ROOT / "tests" / "digits").glob("*.png"))
-PICTURE_HEADERS = {"Content-Type": "application/octet-stream"}
-WARM_UP_SHARE = 0.2  # of a measurement's seconds, before it; for the many connections to open
 TIMEOUT_S = 60.0
 PACKAGES = ("torch", "torchserve", "numpy", "pillow", "scipy", "orjson")
 
@@ -61,7 +59,7 @@ def explanation_calls(address: str, pictures: Sequence[bytes] | None = None) -> 
     """
     kind = KINDS["explain"]
     contents = [file.read_bytes() for file in PICTURES] if pictures is None else pictures
-    headers = {**PICTURE_HEADERS, **kind.headers}
+    headers = {**HEADERS, **kind.headers}
     return [build_call("explain", address, f"/{kind.route}/{MODEL_NAME}", content, headers) for content in contents]
 
 
@@ -85,7 +83,7 @@ def measure_load(
         calls,
         connections=connections,
         duration_s=seconds,
-        warm_up_s=seconds * WARM_UP_SHARE if connections > 1 else 0.0,
+        warm_up_s=seconds * WARM_UP_SHARE if connections > LONE_CONNECTION else 0.0,
         timeout_s=TIMEOUT_S,
     )
     for call, reply in samples.first_replies.items():

@@ -29,10 +29,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from scripts.benchmark import BUSY_CONNECTIONS, LONE_CONNECTION
+from scripts.benchmark import BUSY_CONNECTIONS, HEADERS, LONE_CONNECTION, PICTURES
 from scripts.load import Call, build_call
 from scripts.load_test import is_right_form, read_connections, read_positive
-from scripts.measure_load import PICTURE_HEADERS, PICTURES, Load, describe_conditions, explanation_calls, measure_load, read_count
+from scripts.measure_load import Load, describe_conditions, explanation_calls, measure_load, read_count
 from scripts.package import MODEL_NAME, ROOT
 from scripts.photograph import ink_of
 from scripts.serve import SAMPLE_PICTURE, Ports, ServeError, Settings, TorchServe
@@ -128,7 +128,7 @@ def many_pictures_call(address: str, protocol: str, count: int) -> Call:
                 levels.append(np.asarray(image))
         content = io.BytesIO()
         np.save(content, np.stack(levels))  # uint8 (count, 28, 28)
-        headers = {**PICTURE_HEADERS, "Accept": "application/x-npy"}
+        headers = {**HEADERS, "Accept": "application/x-npy"}
         return build_call(protocol, address, f"/explanations/{MODEL_NAME}", content.getvalue(), headers)
     instances = [{"data": base64.b64encode(file.read_bytes()).decode()} for file in files]
     body = orjson.dumps({"instances": instances})
@@ -228,7 +228,7 @@ def describe_errors(points: Sequence[Point]) -> list[str]:
 # --- drawing
 
 BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito's, which the colour-blind can tell apart
-ABOVE, BELOW = 6, -13  # points, of a number from its marker
+ABOVE, BELOW = 4, -4  # points, of a number from its marker, where two markers are close
 
 
 def medians(points: Sequence[Point], question: str, series: str, figure: str) -> tuple[list[int], list[float]]:
@@ -286,25 +286,25 @@ def _draw_workers(axes: "Axes", points: Sequence[Point]) -> None:
 
 
 def _draw_sides(axes: "Axes", points: Sequence[Point]) -> None:
-    for (name, title), colour, marker in zip(FORMATS.items(), (BLUE, ORANGE), "os", strict=True):
+    for (name, title), colour, marker, shift in zip(FORMATS.items(), (BLUE, ORANGE), "os", (BELOW, ABOVE), strict=True):
         sides, latencies = medians(points, "sides", name, "p50_ms")
         axes.loglog(sides, latencies, marker=marker, color=colour, label=title)
-        _write_last(axes, sides, latencies, " ms", colour)
+        _write_last(axes, sides, latencies, " ms", colour, shift)
     _ticks(axes, sides)
     axes.set(title="Size of the picture, one client", xlabel="pixels a side", ylabel="explanation, p50, ms")
     _finish(axes)
 
 
 def _draw_pictures(axes: "Axes", points: Sequence[Point]) -> None:
-    for (name, title), colour, marker in zip(PROTOCOLS.items(), (BLUE, ORANGE), "os", strict=True):
+    for (name, title), colour, marker, shift in zip(PROTOCOLS.items(), (BLUE, ORANGE), "os", (BELOW, ABOVE), strict=True):
         counts, latencies = medians(points, "pictures", name, "p50_ms")
         each = [latency / count for latency, count in zip(latencies, counts, strict=True)]
         axes.loglog(counts, latencies, marker=marker, color=colour, label=f"{title}: the request")
         axes.loglog(
             counts, each, marker=marker, markerfacecolor="white", linestyle="--", color=colour, label="   each picture of it"
         )
-        _write_last(axes, counts, latencies, " ms", colour)
-        _write_last(axes, counts, each, " ms", colour)
+        _write_last(axes, counts, latencies, " ms", colour, shift)
+        _write_last(axes, counts, each, " ms", colour, shift)
     _ticks(axes, counts)
     axes.set(title="Pictures a request, one client", xlabel="pictures a request", ylabel="p50, ms")
     _finish(axes)
@@ -326,10 +326,10 @@ def _draw_connections(upper: "Axes", lower: "Axes", points: Sequence[Point]) -> 
     _finish(lower)
 
 
-def _write_last(axes: "Axes", xs: Sequence[int], ys: Sequence[float], unit: str, colour: str, shift: int = ABOVE) -> None:
-    """Write the number beside the last marker."""
+def _write_last(axes: "Axes", xs: Sequence[int], ys: Sequence[float], unit: str, colour: str, shift: int = 0) -> None:
+    """Write the number to the right of the last marker."""
     text = f"{ys[-1]:,.0f}{unit}" if ys[-1] >= 10 else f"{ys[-1]:.2g}{unit}"
-    axes.annotate(text, (xs[-1], ys[-1]), xytext=(0, shift), textcoords="offset points", ha="right", color=colour, fontsize=8)
+    axes.annotate(text, (xs[-1], ys[-1]), xytext=(6, shift), textcoords="offset points", va="center", color=colour, fontsize=8)
 
 
 def _ticks(axes: "Axes", xs: Sequence[int]) -> None:
@@ -341,11 +341,11 @@ def _finish(axes: "Axes") -> None:
     """Latencies of any size on a logarithmic axis, in plain numbers."""
     axes.set_yscale("log", subs=[])
     low, high = axes.get_ylim()
-    axes.set_ylim(low / 1.3, high * 1.3)  # room for what is written beside the markers
-    step = (1, 2, 5) if high / low < 100 else (1,)
+    step = (1, 2, 5) if high / low < 300 else (1,)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks = [first * 10.0**decade for decade in decades for first in step if low <= first * 10.0**decade <= high]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, frameon=False)
 

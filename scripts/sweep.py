@@ -289,7 +289,7 @@ def describe_errors(pair: Pair) -> str:
     for who, loads in (("changed", pair.changed), ("committed", pair.committed)):
         for load in loads:
             problems = [f"{count} {kind}" for kind, count in load.error_counts.items()] if load.requests else ["no reply in time"]
-            found += [f"{who}, {load.connections} connections: {problem}" for problem in problems]
+            found += [f"{who}, connections {load.connections}: {problem}" for problem in problems]
     return ", ".join(found)
 
 

@@ -114,14 +114,14 @@ def test_errors_in_replies_make_the_row_invalid_and_are_shown() -> None:
     same, threads = rows_of(render_table([fine, good, bad]))
     assert same[0] == NOTHING
     assert same[3:] == ["100", "1.00", "1.00", "1.00", ""]
-    assert threads[3:] == ["invalid", "", "", "", "changed, 16 connections: 3 HTTP 503"]
+    assert threads[3:] == ["invalid", "", "", "", "changed, connections 16: 3 HTTP 503"]
 
 
 def test_a_server_that_did_not_start_or_answer_makes_the_row_invalid() -> None:
     assert describe_errors(Pair(0, THREADS, problem="TorchServe ended at its start:\nlog")) == "TorchServe ended at its start"
     silent = Pair(0, THREADS, [Load(1, 0, 0.0, None, None, {}, 0.1)], [load(1, 5, 5)])
     assert not silent.is_good
-    assert describe_errors(silent) == "changed, 1 connections: no reply in time"
+    assert describe_errors(silent) == "changed, connections 1: no reply in time"
 
 
 def test_unknown_settings_are_refused() -> None:
