@@ -8,8 +8,8 @@ SOURCES := $(wildcard handler/*.py model/network.py) model/weights.safetensors s
            scripts/package.py scripts/derive.py scripts/prove_archive.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format package accuracy evaluate load benchmark gpu fuzz train digits picture classes localise \
-        lock clean
+.PHONY: help setup serve test lint format package accuracy evaluate load benchmark sweep scale gpu fuzz train digits picture \
+        classes localise lock clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -49,6 +49,12 @@ benchmark: .venv/.installed-peers ## measure this service beside its peers (a qu
 
 gpu: .venv/.installed-dev ## prove and measure the service on a GPU, into build/gpu; ARGS="--parts speed --device cpu" (--help shows all)
 	$(BIN)/python -m scripts.gpu_report $(ARGS)
+
+sweep: .venv/.installed-dev build/digits.mar ## measure what each setting of the server is worth (an hour); ARGS="--settings batchSize,vmargs"
+	$(BIN)/python -m scripts.sweep $(ARGS)
+
+scale: .venv/.installed-dev build/digits.mar ## measure how cost grows, and draw .github/scaling.png; ARGS="--rounds 3"
+	$(BIN)/python -m scripts.scale $(ARGS)
 
 fuzz: .venv/.installed-dev ## fuzz the path of a request for ten minutes, guided by coverage; ARGS="--seconds 60"
 	$(PIP) install atheris==3.0.0
