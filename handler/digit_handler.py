@@ -4,6 +4,7 @@ TorchServe calls `initialize` once in a worker and `handle` once a batch. Every 
 whether it is a prediction or an explanation, of which classes, in which format, and whether it is an error.
 """
 
+import ctypes
 import logging
 import os
 import traceback
@@ -31,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 MAX_FORWARD_PICTURES = 256  # a larger batch is computed in parts of this size, so that memory stays bounded
 
+KEPT_BYTES = 32 * 1024 * 1024  # the most that glibc takes for M_MMAP_THRESHOLD
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
 Inferred = tuple[NDArray[np.float32], Explanation | None]  # (K,) logits, maps
 
 
@@ -50,6 +54,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         sums = verify_files(model_dir)
 
         compute_exactly()  # importing BaseHandler allows TF32 on newer GPUs; exact gradients are the product
+        _keep_freed_memory()
         if not settings.get("log_batches"):
             logging.getLogger().addFilter(_is_not_of_a_batch)
         if "torch_threads" in settings:
@@ -155,6 +160,18 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 saliency = question.options.method.finish(gradients, picture)
             maps = Maps(explanation.classes, saliency, explanation.gaps)
         return Result(question.options, logits, maps, question.describe_preparation(), picture)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep up to KEPT_BYTES of freed memory, as the next batch needs as much.
+
+    By default it gives 128 KB and more back to the system at once, and the next batch has it faulted in again, page by page,
+    which takes a fifth of a small batch's time.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # other C libraries have none
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
 
 
 def _is_not_of_a_batch(record: logging.LogRecord) -> bool:

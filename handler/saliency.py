@@ -6,6 +6,7 @@ Knows torch and numpy, and nothing of HTTP, images or TorchServe, so that a batc
     ... = predict_and_explain(freeze(network), pixels, targets, methods=[GRADIENT, GRADIENT, SmoothGrad(samples=50)])
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -163,8 +164,7 @@ def _explain_in_place(
         passes = []  # the k-th holds the gradients of the k-th targets of the first rows
         for k in range(len(classes[0])):
             chosen = [row_classes[k] for row_classes in classes if k < len(row_classes)]
-            cotangents = np.zeros((len(chosen), logits.shape[1]), logits.dtype)
-            cotangents[range(len(chosen)), chosen] = 1
+            cotangents = _basis(logits.shape[1], logits.dtype)[chosen]
             for place, method in own_methods.items():
                 weights = method.weigh(logits[place], chosen[place]) if place < len(chosen) else None
                 if weights is not None:
@@ -178,6 +178,12 @@ def _explain_in_place(
     if not is_sorted:
         logits = logits[np.argsort(order)]
     return logits, explanations
+
+
+@functools.lru_cache(maxsize=8)
+def _basis(size: int, dtype: np.dtype[Any]) -> NDArray[np.floating]:
+    """The unit vectors: (size, size). For looking up; indexing by a list copies."""
+    return np.eye(size, dtype=dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
     python -m scripts.derive
 
 Forward and backward are traced from the network itself, as PyTorch differentiates it, into one graph of ATen operators. The graph
-is made cheaper by three rules that hold for every network, cut into what depends on the parameters alone, on the pixels, and on
+is made cheaper by four rules that hold for every network, cut into what depends on the parameters alone, on the pixels, and on
 the cotangents, and written as three plain functions. `scripts.package` puts them into the archive as one_pass.py; a worker
 checks them against autograd before it uses them (`handler/one_pass.py`).
 """
@@ -25,6 +25,7 @@ from handler.saliency import freeze
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACED_ROWS = 97  # in the batch of the trace: no size in a sane network, so that where it stands first it is the batch's
+MAX_FEW_CHANNELS = 4  # of an input: convolutions are slow where they give so few
 ROWS = "row_count"  # what stands in its place in the source
 aten = torch.ops.aten
 
@@ -84,6 +85,7 @@ def _trace(network: nn.Module, input_shape: Shape) -> fx.Graph:
     for node, name in zip(graph.find_nodes(op="placeholder"), [*names, "pixels", "cotangents"], strict=True):
         node._rename(name.replace(".", "_"))
     _drop_aliases(graph)
+    _multiply_for_few_channels(graph)
     _gather_instead_of_scatter(graph)
     graph.eliminate_dead_code()
     return graph
@@ -112,6 +114,27 @@ def _drop_aliases(graph: fx.Graph) -> None:
     for alias in [node for node in graph.nodes if node.target in (aten.alias.default, aten.detach.default)]:
         alias.replace_all_uses_with(alias.args[0])
         graph.erase_node(alias)
+
+
+def _multiply_for_few_channels(graph: fx.Graph) -> None:
+    """The gradient by the input of a convolution of few channels is a product of matrices, whose columns are then added up."""
+    for node in graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
+        gradient, pixels, kernel, _, stride, padding, dilation, transposed, _, groups, _ = cast(Sequence[Any], node.args)
+        if transposed or groups != 1 or kernel.meta["val"].dim() != 4 or kernel.meta["val"].shape[1] > MAX_FEW_CHANNELS:
+            continue
+        kernel_count, *size = kernel.meta["val"].shape[0], *kernel.meta["val"].shape[2:]
+        with graph.inserting_before(node):
+            rows = graph.call_function(aten.reshape.default, (kernel, (kernel_count, -1)))
+            columns = graph.call_function(aten.t.default, (rows,))  # (channels * height * width of the kernel, kernels)
+            last = graph.call_function(aten.permute.default, (gradient, (0, 2, 3, 1)))  # a view, with channels last
+            flat = graph.call_function(aten.reshape.default, (last, (TRACED_ROWS, -1, kernel_count)))
+            product = graph.call_function(aten.matmul.default, (columns, graph.call_function(aten.transpose.int, (flat, 1, 2))))
+            added = graph.call_function(
+                aten.col2im.default, (product, list(pixels.meta["val"].shape[2:]), size, dilation, padding, stride)
+            )
+        for user in [user for user in node.users if user.args[1] == 0]:
+            user.replace_all_uses_with(added)
+        graph.eliminate_dead_code()
 
 
 def _gather_instead_of_scatter(graph: fx.Graph) -> None:
