@@ -122,7 +122,7 @@ def _multiply_for_few_channels(graph: fx.Graph) -> None:
         gradient, pixels, kernel, _, stride, padding, dilation, transposed, _, groups, _ = cast(Sequence[Any], node.args)
         if transposed or groups != 1 or kernel.meta["val"].dim() != 4 or kernel.meta["val"].shape[1] > MAX_FEW_CHANNELS:
             continue
-        kernel_count, *size = kernel.meta["val"].shape[0], *kernel.meta["val"].shape[2:]
+        kernel_count, _, *size = list(kernel.meta["val"].shape)
         with graph.inserting_before(node):
             rows = graph.call_function(aten.reshape.default, (kernel, (kernel_count, -1)))
             columns = graph.call_function(aten.t.default, (rows,))  # (channels * height * width of the kernel, kernels)

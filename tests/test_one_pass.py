@@ -88,6 +88,8 @@ def test_derived_pass_pools_before_relu_and_convolves_backwards() -> None:
     source = derive_one_pass(DigitNetwork(), DigitNetwork.INPUT_SHAPE)
     forward = source[source.index("def forward") : source.index("def backward")]
     called = re.findall(r"torch\..*?(convolution|max_pool2d_with_indices|relu|addmm)\(", forward)
+    backward = source[source.index("def backward") :]
+    assert len(re.findall(r"torch\.convolution\(", backward)) == len(re.findall(r"col2im\(", backward)) == 1
     assert called == ["convolution", "max_pool2d_with_indices", "relu"] * 2 + ["addmm"]
     assert "convolution_backward" not in source
     assert "autograd" not in source.partition("import torch")[2]
