@@ -18,6 +18,7 @@ from handler.canonical import prepare
 from handler.decode import decode_image
 from handler.drawing import Layout, Row, Style, draw
 from handler.errors import InvalidOption
+from handler.methods import METHODS
 from scripts.package import MODEL_NAME
 
 TIMEOUT_S = 60
@@ -93,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("pictures", metavar="PICTURE", type=Path, nargs="+", help="image files")
     parser.add_argument("--target", default="predicted", help="a class, 'predicted', several with commas, or 'all'")
+    parser.add_argument("--method", default="gradient", choices=list(METHODS), help="how maps are made, with its own defaults")
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="the inference API")
     parser.add_argument("--model", default=MODEL_NAME, help="the served model's name")
     parser.add_argument("--size", type=int, default=224, help="pixels of the longer side of one panel")
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     replies = []
     try:
         for picture in arguments.pictures:
-            reply = request_explanation(picture, url=url, model=arguments.model, target=arguments.target)
+            reply = request_explanation(picture, url=url, model=arguments.model, target=arguments.target, method=arguments.method)
             model = reply["model"]
             served = f"{url} ({model['name']} {model['version']}, weights {model['weights_sha256'][:12]})"
             print(f"{picture}: digit {reply['digit']}, probability {reply['probability']:.4f}, served by {served}")

@@ -297,6 +297,18 @@ def test_client_prints_the_answer_and_draws_the_maps(
     assert (blue > red + 50).any()
 
 
+def test_client_asks_for_another_method(server: TorchServe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawings = []
+    for method in ("gradient", "gradient_x_input"):
+        output = tmp_path / f"{method}.png"
+        arguments = [str(DIGIT_FILES[20]), "--method", method, "--url", server.address, "--output", str(output)]
+        assert run_explain(capsys, *arguments)[0] == 0
+        with Image.open(output) as image:
+            drawings.append(np.asarray(image.convert("RGB"))[30:250, 240:450])  # the map's panel
+    corner = slice(0, 40), slice(0, 40)  # no ink there: times the pixel nothing is left, which is drawn almost white
+    assert drawings[1][corner].min() > 240 > drawings[0][corner].min()
+
+
 def test_client_passes_on_the_servers_refusal(server: TorchServe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.png").write_text("no picture")
     code, _, err = run_explain(capsys, str(tmp_path / "text.png"), "--url", server.address)
