@@ -200,9 +200,12 @@ class Results:
 # --- measuring
 
 
-def measure(running: Mapping[str, Running], pictures: Sequence[bytes], *, rounds: int, seconds: float) -> tuple[Measurement, ...]:
-    """Measure all systems in turn, round by round, after a first round that is not kept.
+def measure(
+    running: Mapping[str, Running], pictures: Sequence[bytes], *, rounds: int, warm_up_rounds: int, seconds: float
+) -> tuple[Measurement, ...]:
+    """Measure all systems in turn, round by round, after rounds that are not kept.
 
+    A JVM compiles what it runs often: that takes some fifteen seconds of load, in which a request costs up to five times as much.
     Within a round the systems follow each other under one load, in an order that shifts from load to load.
 
     Args:
@@ -212,8 +215,8 @@ def measure(running: Mapping[str, Running], pictures: Sequence[bytes], *, rounds
     loads = [(route, connections) for connections in (LONE_CONNECTION, *BUSY_CONNECTIONS) for route in ROUTES]
     names = list(running)
     kept = []
-    with tqdm(total=(rounds + 1) * len(loads) * len(names), unit="measurement", disable=None) as progress:
-        for round_index in range(-1, rounds):  # -1: nothing is compiled, cached or warm yet
+    with tqdm(total=(rounds + warm_up_rounds) * len(loads) * len(names), unit="measurement", disable=None) as progress:
+        for round_index in range(-warm_up_rounds, rounds):
             for shift, (route, connections) in enumerate(loads):
                 first = (round_index + shift) % len(names)
                 for name in names[first:] + names[:first]:
@@ -473,6 +476,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     others = [name for name in SYSTEMS if name != OURS]
     parser.add_argument("--rounds", type=_at_least_one, default=5, help="how often everything is measured")
+    parser.add_argument("--warm-up-rounds", type=_at_least_one, default=2, help="rounds before these, which are not kept")
     parser.add_argument("--seconds", type=_positive, default=2.0, help="of each of the eight measurements of a system in a round")
     parser.add_argument("--systems", type=_read_systems, default=",".join(others), help="what this service is compared with")
     parser.add_argument("--workers", type=_at_least_one, default=_default_workers(), help="worker processes of each system")
@@ -518,6 +522,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "date": time.strftime("%Y-%m-%d"),
         "machine": describe_machine(PACKAGES),
         "rounds": arguments.rounds,
+        "warm_up_rounds": arguments.warm_up_rounds,
         "seconds": arguments.seconds,
         "workers": arguments.workers,
         "not_installed": not_installed,
@@ -532,7 +537,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         ):
             differences = check_answers(running, [dithered(picture, seed) for seed, picture in enumerate(pictures)])
             print(f"same digits; differences between maps: {differences}", file=sys.stderr)
-            measurements = measure(running, pictures, rounds=arguments.rounds, seconds=arguments.seconds)
+            measurements = measure(
+                running, pictures, rounds=arguments.rounds, warm_up_rounds=arguments.warm_up_rounds, seconds=arguments.seconds
+            )
             memory = {name: Memory(*worker_memory_mib(one)) for name, one in running.items()}
         results = Results(measurements, memory, {name: one.ready_s for name, one in running.items()})
         report, summary = render_report(results, conditions), summarize(results)

@@ -17,7 +17,20 @@ def test_benchmark_measures_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "BUSY_CONNECTIONS", (16,))
-    options = ["--rounds", "1", "--seconds", "0.5", "--workers", "1", "--systems", "noop", "--output", str(tmp_path)]
+    options = [
+        "--rounds",
+        "1",
+        "--warm-up-rounds",
+        "1",
+        "--seconds",
+        "0.5",
+        "--workers",
+        "1",
+        "--systems",
+        "noop",
+        "--output",
+        str(tmp_path),
+    ]
     assert benchmark.main(options) == 0
     printed = capsys.readouterr().out
     assert printed.rstrip() == (tmp_path / "benchmark.md").read_text().rstrip()
