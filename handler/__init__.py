@@ -10,6 +10,7 @@ One batch of requests flows through these modules, each of which knows only its 
          arrays           .npy files, tensors -> grey pixels (the trust boundary)
          canonical        any picture -> the pixels that the network knows, and the way back
       -> saliency       one forward for the batch; input gradients for the pictures that ask; by
+         one_pass         forward and backward without autograd, as they were derived when the archive was packaged
          methods          how a map is made of gradients: one table, and the mathematics
       -> reply          JSON, npy or PNG bytes with their status and content type; by
          drawing          pictures and their maps -> a PNG

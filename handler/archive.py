@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import inspect
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import safetensors
@@ -47,6 +48,20 @@ def verify_files(model_dir: Path) -> dict[str, str]:
     return sums
 
 
+def import_file(file: Path) -> ModuleType:
+    """Run a Python file as a module, without making it known to others.
+
+    Raises:
+        FileNotFoundError: there is no such file. What the file itself raises comes through.
+    """
+    specification = importlib.util.spec_from_file_location(file.stem, file)
+    if specification is None or specification.loader is None:
+        raise FileNotFoundError(f"{file.name} is no Python file")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
 def build_network(model_file: Path) -> nn.Module:
     """Build the one network that a Python file defines, on the CPU, with random weights.
 
@@ -54,11 +69,9 @@ def build_network(model_file: Path) -> nn.Module:
         ArchiveError: the file does not define exactly one network that says its INPUT_SHAPE (channels, height, width) and its
             CLASS_COUNT.
     """
-    specification = importlib.util.spec_from_file_location(model_file.stem, model_file)
-    if specification is None or specification.loader is None or not model_file.is_file():
+    if not model_file.is_file():
         raise ArchiveError(f"the model file {model_file.name} is missing from the archive")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
+    module = import_file(model_file)
     classes = [
         member
         for _, member in inspect.getmembers(module, inspect.isclass)

@@ -4,7 +4,6 @@ Scores and gradients without autograd: one function forwards, one backwards, bot
 nothing of HTTP, images or TorchServe.
 """
 
-import importlib.util
 import logging
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from handler.archive import import_file
 from handler.saliency import Autograd, Differentiable
 
 ONE_PASS_FILE = "one_pass.py"  # noqa: S105  # no password
@@ -76,7 +76,7 @@ def load_one_pass(file: Path, network: nn.Module, input_shape: tuple[int, int, i
     """
     reference = Autograd(network)
     try:
-        one_pass = OnePass(_import(file), network)
+        one_pass = OnePass(import_file(file), network)
         difference = _largest_difference(one_pass, reference, network, input_shape)
     except Exception as error:  # noqa: BLE001  # made for another version of PyTorch, or another network: whatever it raises
         logger.warning("%s cannot be used, autograd is: %s: %s", file.name, type(error).__name__, error)
@@ -86,15 +86,6 @@ def load_one_pass(file: Path, network: nn.Module, input_shape: tuple[int, int, i
         return reference
     logger.info("%s agrees with autograd to %.1e", file.name, difference)
     return one_pass
-
-
-def _import(file: Path) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(file.stem, file)
-    if specification is None or specification.loader is None:
-        raise FileNotFoundError(f"there is no {file.name}")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
 
 
 def _largest_difference(

@@ -11,12 +11,10 @@ import argparse
 import json
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -26,9 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from handler.archive import load_network
-from handler.one_pass import ONE_PASS_FILE, OnePass, load_one_pass
-from handler.saliency import Differentiable, freeze, predict_and_explain
-from scripts.derive import Shape, derive_one_pass
+from handler.saliency import freeze, predict_and_explain
+from scripts.derive import derive_and_load
 from scripts.load_test import describe_machine
 from scripts.package import ROOT
 
@@ -77,7 +74,7 @@ def build_ways() -> dict[str, Way]:
         return load_network(ROOT / "model" / "network.py", ROOT / "model" / "weights.safetensors").eval()
 
     plain, differentiated, trained = freeze(load()), freeze(load()), load()
-    ours = _load_one_pass(freeze(load()))
+    ours = derive_and_load(freeze(load()))
     cross_entropy = nn.CrossEntropyLoss()
 
     def forward(pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -109,22 +106,6 @@ def build_ways() -> dict[str, Way]:
         saliency = Saliency(freeze(load()))
         ways[CAPTUM] = lambda pixels, targets: saliency.attribute(pixels.detach().requires_grad_(), target=targets, abs=False)
     return {**ways, LOSS: differentiate_loss}
-
-
-def _load_one_pass(network: nn.Module) -> Differentiable:
-    """The one pass as a worker loads it.
-
-    Raises:
-        ValueError: it cannot be used here, so that a worker would use autograd.
-    """
-    shape = cast(Shape, network.INPUT_SHAPE)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / ONE_PASS_FILE
-        file.write_text(derive_one_pass(network, shape))
-        differentiable = load_one_pass(file, network, shape)
-    if not isinstance(differentiable, OnePass):
-        raise ValueError("the one pass cannot be used on this machine; the log above says why")
-    return differentiable
 
 
 def make_batch(batch_size: int) -> torch.Tensor:

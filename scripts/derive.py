@@ -9,8 +9,10 @@ checks them against autograd before it uses them (`handler/one_pass.py`).
 """
 
 import argparse
+import copy
 import operator
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +22,7 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from handler.archive import build_network
-from handler.one_pass import to_channels_last
+from handler.one_pass import ONE_PASS_FILE, OnePass, load_one_pass, to_channels_last
 from handler.saliency import freeze
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,6 +61,24 @@ def derive_one_pass(network: nn.Module, input_shape: Shape) -> str:
     return HEADER.format(name=type(network).__name__, torch_version=torch.__version__) + _write(graph)
 
 
+def derive_and_load(network: nn.Module) -> OnePass:
+    """Derive the one pass of a network that says its INPUT_SHAPE, and load it as a worker does.
+
+    Args:
+        network: frozen; on any device and of any float type, which are the pass's too.
+    Raises:
+        ValueError: a worker would not use it here.
+    """
+    shape = cast(Shape, network.INPUT_SHAPE)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / ONE_PASS_FILE
+        file.write_text(derive_one_pass(copy.deepcopy(network).cpu().float(), shape))
+        one_pass = load_one_pass(file, network, shape)
+    if not isinstance(one_pass, OnePass):
+        raise ValueError("a worker would not use the one pass here: it fails or differs from autograd; the log says why")
+    return one_pass
+
+
 def _trace(network: nn.Module, input_shape: Shape) -> fx.Graph:
     """Trace scores and gradients into one graph; its inputs are state, pixels, cotangents."""
     names = list(network.state_dict())
@@ -86,6 +106,7 @@ def _trace(network: nn.Module, input_shape: Shape) -> fx.Graph:
         node._rename(name.replace(".", "_"))
     _drop_aliases(graph)
     _multiply_for_few_channels(graph)
+    graph.eliminate_dead_code()
     _gather_instead_of_scatter(graph)
     graph.eliminate_dead_code()
     return graph
@@ -134,7 +155,6 @@ def _multiply_for_few_channels(graph: fx.Graph) -> None:
             )
         for user in [user for user in node.users if user.args[1] == 0]:
             user.replace_all_uses_with(added)
-        graph.eliminate_dead_code()
 
 
 def _gather_instead_of_scatter(graph: fx.Graph) -> None:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from handler.archive import ArchiveError, load_weights
 from handler.drawing import Layout, Row, Style, draw
+from handler.methods import GRADIENT, LossGradient, Method
 from handler.saliency import freeze, predict_and_explain
 from model.data import load_mnist
 from model.network import DigitNetwork
@@ -55,7 +56,12 @@ def gradient(network: nn.Module, pixels: torch.Tensor, targets: torch.Tensor) ->
     Returns:
         float (N, H, W), signed.
     """
-    _, explanations = predict_and_explain(network, pixels, [(target,) for target in targets.tolist()])
+    return _map_by(GRADIENT, network, pixels, targets)
+
+
+def _map_by(method: Method, network: nn.Module, pixels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    chosen = [(target,) for target in targets.tolist()]
+    _, explanations = predict_and_explain(network, pixels, chosen, [method] * len(chosen))
     maps = np.concatenate([explanation.maps for explanation in explanations if explanation is not None])  # (N, 1, H, W)
     return torch.from_numpy(maps).squeeze(1)
 
@@ -251,10 +257,7 @@ def differentiate_loss(network: nn.Module, pixels: torch.Tensor, targets: torch.
     Returns:
         float64 (N, H, W).
     """
-    inputs = pixels.detach().clone().requires_grad_()
-    loss = nn.functional.cross_entropy(network(inputs), targets, reduction="sum")  # a mean would mix the pictures of a batch
-    (slopes,) = torch.autograd.grad(loss, inputs)
-    return slopes.squeeze(1)
+    return _map_by(LossGradient(), network, pixels, targets)
 
 
 # --- the report

@@ -54,10 +54,9 @@ from torch import nn
 from tqdm import tqdm
 
 from handler.archive import load_network
-from handler.one_pass import ONE_PASS_FILE, OnePass, load_one_pass
 from handler.saliency import Autograd, Differentiable, compute_exactly, freeze, predict_and_explain
 from model.network import DigitNetwork
-from scripts.derive import derive_one_pass
+from scripts.derive import derive_and_load
 from scripts.load import Call, Samples, build_call, run_closed
 from scripts.load_test import KINDS, describe_machine, mark_wrong_forms, read_connections, read_positive
 from scripts.package import MODEL_NAME, ROOT, build_archive
@@ -193,15 +192,9 @@ def _differentiables(network: nn.Module) -> dict[str, Differentiable]:
     """The two ways to differentiate it that a worker has.
 
     Raises:
-        RuntimeError: the one pass is not fit for this device.
+        ValueError: the one pass is not fit for this device.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / ONE_PASS_FILE
-        file.write_text(derive_one_pass(_load_network(), DigitNetwork.INPUT_SHAPE))
-        one_pass = load_one_pass(file, network, DigitNetwork.INPUT_SHAPE)
-    if not isinstance(one_pass, OnePass):
-        raise RuntimeError("a worker would not use the one pass on this device: it fails or differs from autograd")
-    return {"one pass": one_pass, "autograd": Autograd(network)}
+    return {"one pass": derive_and_load(network), "autograd": Autograd(network)}
 
 
 def _score_and_map(

@@ -13,10 +13,8 @@ from PIL import Image
 from torch import nn
 
 from handler.archive import load_network
-from handler.one_pass import OnePass, load_one_pass
 from handler.saliency import Autograd, Differentiable, freeze
-from model.network import DigitNetwork
-from scripts.derive import derive_one_pass
+from scripts.derive import derive_and_load
 from scripts.package import ROOT, build_archive
 
 DIGIT_FILES = sorted((ROOT / "tests" / "digits").glob("*.png"))
@@ -41,17 +39,11 @@ def network() -> nn.Module:
 
 
 @pytest.fixture(scope="session", params=["autograd", "one pass"])
-def differentiable(
-    request: pytest.FixtureRequest, network: nn.Module, tmp_path_factory: pytest.TempPathFactory
-) -> Differentiable:
+def differentiable(request: pytest.FixtureRequest, network: nn.Module) -> Differentiable:
     """The committed network with its derivative: by the reference, and as a worker has it."""
     if request.param == "autograd":
         return Autograd(network)
-    file = tmp_path_factory.mktemp("derived") / "one_pass.py"
-    file.write_text(derive_one_pass(network, DigitNetwork.INPUT_SHAPE))
-    one_pass = load_one_pass(file, network, DigitNetwork.INPUT_SHAPE)
-    assert isinstance(one_pass, OnePass)
-    return one_pass
+    return derive_and_load(network)
 
 
 @pytest.fixture(scope="session")

@@ -199,7 +199,7 @@ def test_png_shows_the_map_of_its_own_row_over_its_own_picture(handler: DigitHan
 
 
 def test_drawing_that_would_be_too_large_costs_its_neighbours_nothing(handler: DigitHandler, tmp_path: Path) -> None:
-    options = {"X-Saliency-Size": "2048", "X-Saliency-Target": "all"}
+    options = {"X-Saliency-Size": "1024", "X-Saliency-Target": "all"}
     large: Batch = [({"body": bytearray(PICTURE)}, {"explain": "True", "Accept": "image/png"} | options)]
     bad, good = answer(handler, large + MIXED[:1], tmp_path / "unpacked")
     assert (bad[0], good[0]) == (400, 200)
@@ -674,7 +674,7 @@ def test_every_value_that_the_description_lists_is_accepted(handler: DigitHandle
     for name, option in description["options"].items():
         method = {"method": owners.get(name, "gradient")}
         for value in [*option["accepted"], option["default"]]:
-            if not str(value).startswith(("a ", "an ")):  # a description, such as "an integer from 28 to 2048"
+            if not str(value).startswith(("a ", "an ")):  # a description, such as "an integer from 28 to 1024"
                 fields = {"polarity": "absolute", **method, name: value}  # absolute takes every colour map
                 assert parse_request({"body": {"data": BASE64_PICTURE, **fields}}, {}, handler.class_count).parts, fields
         headers = {"x-saliency-method": method["method"], option["header"]: str(option["default"])}

@@ -300,7 +300,7 @@ def test_constant_picture_is_drawn_as_it_is(grey: float) -> None:
     [
         ((28, 28), 28, (28, 28)),
         ((28, 28), 448, (448, 448)),
-        ((28, 28), 2048, (2048, 2048)),
+        ((28, 28), 1024, (1024, 1024)),
         ((28, 28), 101, (101, 101)),
         ((300, 4000), 400, (30, 400)),
         ((4000, 300), 400, (400, 30)),
@@ -450,11 +450,11 @@ def test_extreme_proportions_are_drawn_in_every_layout() -> None:
 
 def test_drawing_of_too_many_pixels_is_refused_before_it_is_drawn() -> None:
     row = row_of(np.zeros((10, 28, 28), np.float32))
-    with pytest.raises(InvalidOption, match=r"^got 'size' 2048, .* about [0-9,]+ pixels; up to 10,000,000 are accepted$"):
-        draw([row], Style(size=2048))
-    with pytest.raises(InvalidOption, match="up to 10,000,000"):
+    with pytest.raises(InvalidOption, match=r"^got 'size' 1024, .* about [0-9,]+ pixels; up to 3,000,000 are accepted$"):
+        draw([row], Style(size=1024))
+    with pytest.raises(InvalidOption, match="up to 3,000,000"):
         draw([row_of(np.zeros((1, 4000), np.float32))] * 100_000, Style(size=28))
-    assert MAX_PIXELS_DRAWN == 10_000_000
+    assert MAX_PIXELS_DRAWN == 3_000_000
 
 
 @pytest.mark.parametrize("layout", Layout)
@@ -477,10 +477,10 @@ def test_no_drawing_has_many_more_pixels_than_the_limit(layout: Layout, shapes: 
 def test_largest_drawing_of_noise_fits_into_a_reply() -> None:
     """Noise does not compress. TorchServe's limit is 32 MiB (serve_config/config.properties), and above it kills the worker."""
     random = np.random.default_rng(0)
-    shape = (2048, 2048)
+    shape = (1024, 1024)
     row = row_of(random.normal(size=shape).astype(np.float32), random.random(shape, dtype=np.float32))
-    overlay = len(draw([row, row], Style(size=2048, clip_percentile=50)))
-    assert 8_000_000 < overlay < 32 * 2**20
+    overlay = len(draw([row, row], Style(size=1024, clip_percentile=50)))
+    assert 5_000_000 < overlay < 32 * 2**20
 
 
 # --- the real thing

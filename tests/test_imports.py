@@ -20,7 +20,7 @@ HANDLER_IMPORTS = {  # module -> the handler modules that it may import
     "reply": {"errors", "request", "kserve", "drawing"},
     "describe": {"decode", "drawing", "kserve", "methods", "request", "prepare"},
     "saliency": {"methods"},
-    "one_pass": {"saliency"},
+    "one_pass": {"archive", "saliency"},
     "archive": set[str](),
     "prepare": {"errors", "kserve", "request", "decode", "arrays", "canonical"},
     "digit_handler": {"errors", "request", "prepare", "reply", "describe", "saliency", "one_pass", "archive"},

@@ -24,10 +24,9 @@ from handler.methods import (
     Method,
     SmoothGrad,
 )
-from handler.one_pass import OnePass, load_one_pass
 from handler.saliency import Autograd, Differentiable, Explanation, freeze, predict_and_explain
-from model.network import MNIST_MEAN, DigitNetwork
-from scripts.derive import derive_one_pass
+from model.network import MNIST_MEAN
+from scripts.derive import derive_and_load
 from tests.test_saliency import CountsRows
 
 MEAN = np.full((1, 1, 1), MNIST_MEAN, np.float32)
@@ -71,15 +70,11 @@ def dithered(digit_batch: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module", params=["autograd", "one pass"])
-def exact(request: pytest.FixtureRequest, network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Differentiable:
+def exact(request: pytest.FixtureRequest, network: nn.Module) -> Differentiable:
     """As `differentiable`, in float64, where no two points are so near to each other that rounding decides."""
     if request.param == "autograd":
         return Autograd(double(network))
-    file = tmp_path_factory.mktemp("derived") / "one_pass.py"
-    file.write_text(derive_one_pass(DigitNetwork(), DigitNetwork.INPUT_SHAPE))
-    one_pass = load_one_pass(file, double(network), DigitNetwork.INPUT_SHAPE)
-    assert isinstance(one_pass, OnePass)
-    return one_pass
+    return derive_and_load(double(network))
 
 
 # --- captum

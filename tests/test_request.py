@@ -166,7 +166,7 @@ OPTION_CASES = [
     pytest.param("prepare", "none", Options(prepare=Prepare.NONE), id="prepare"),
     pytest.param("encoding", "base64", Options(encoding=Encoding.BASE64), id="encoding"),
     pytest.param("size", 28, Options(style=Style(size=28)), id="least size"),
-    pytest.param("size", 2048, Options(style=Style(size=2048)), id="largest size"),
+    pytest.param("size", 1024, Options(style=Style(size=1024)), id="largest size"),
     pytest.param("colormap", "PuOr", Options(style=Style(colormap=Colormap.PUOR)), id="colormap"),
     pytest.param("polarity", "negative", Options(style=Style(polarity=Polarity.NEGATIVE)), id="polarity"),
     pytest.param("clip_percentile", 50, Options(style=Style(clip_percentile=50)), id="least percentile"),
@@ -305,7 +305,7 @@ def test_target_that_is_no_class_is_refused(value: object) -> None:
         ("prepare", "Auto", "auto, none"),
         ("encoding", 64, "nested, base64"),
         ("encoding", ["nested"], "nested, base64"),
-        *[("size", value, "an integer from 28 to 2048") for value in (27, 2049, 448.0, True, None, "-28", "1e2", "", "9" * 400)],
+        *[("size", value, "an integer from 28 to 1024") for value in (27, 1025, 448.0, True, None, "-28", "1e2", "", "9" * 400)],
         *[
             ("clip_percentile", value, "a number from 50 to 100")
             for value in (49.9, 100.1, True, None, "nan", "inf", "+99", "1e2", "", float("nan"), "9" * 400)

@@ -117,7 +117,7 @@ def test_one_batch_gives_numbers_pictures_and_errors_each_to_its_own_client(serv
             explain(data=two.png, headers=PNG | {"X-Saliency-Target": "5", "X-Saliency-Layout": "map"}),
             explain(data=three.png),
             predict(data=four.png),
-            explain(data=one.png, headers=PNG | {"X-Saliency-Target": "all", "X-Saliency-Size": "2048"}),
+            explain(data=one.png, headers=PNG | {"X-Saliency-Target": "all", "X-Saliency-Size": "1024"}),
             explain(data=two.png, headers=PNG | {"X-Saliency-Size": "10000"}),
             predict(data=three.png, headers=PNG),
             explain(data=four.png, headers=PNG | {"X-Saliency-Colormap": "plasma"}),
@@ -134,7 +134,7 @@ def test_one_batch_gives_numbers_pictures_and_errors_each_to_its_own_client(serv
 
 
 def test_largest_picture_gets_through(server: TorchServe, samples: list[Sample]) -> None:
-    headers = PNG | {"X-Saliency-Size": "2048", "X-Saliency-Layout": "side_by_side"}
+    headers = PNG | {"X-Saliency-Size": "1024", "X-Saliency-Layout": "side_by_side"}
     check_picture(
-        ask(server, explain(data=samples[5].png, headers=headers)), samples[5], None, Style(size=2048, layout=Layout.SIDE_BY_SIDE)
+        ask(server, explain(data=samples[5].png, headers=headers)), samples[5], None, Style(size=1024, layout=Layout.SIDE_BY_SIDE)
     )
