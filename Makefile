@@ -5,7 +5,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := $(wildcard handler/*.py model/network.py) model/weights.safetensors serve_config/model-config.yaml \
-           scripts/package.py scripts/derive.py scripts/prove_archive.py
+           scripts/package.py scripts/derive.py scripts/promise.py scripts/ready.py scripts/prove_archive.py
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test lint format package accuracy evaluate load benchmark sweep scale gpu fuzz train digits picture \

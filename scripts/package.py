@@ -23,9 +23,11 @@ from typing import Any, cast
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import generate_model_archive
 
-from handler.archive import SUMS_FILE, build_network
+from handler.archive import SUMS_FILE, load_network
 from handler.one_pass import ONE_PASS_FILE
 from scripts.derive import Shape, derive_one_pass
+from scripts.promise import make_promise
+from scripts.ready import PROMISE_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY_MODULE = ROOT / "handler" / "digit_handler.py"
@@ -46,6 +48,8 @@ def build_archive(output: Path, *, model_file: Path, weights_file: Path, model_c
         model_config: TorchServe's model-config.yaml.
     Returns:
         SHA-256 of the archive, in hexadecimal.
+    Raises:
+        ArchiveError: the weights are not the network's.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     with _private_temp_folder() as folder:
@@ -70,8 +74,9 @@ def build_archive(output: Path, *, model_file: Path, weights_file: Path, model_c
     manifest = json.loads(entries[MANIFEST])
     del manifest["createdOn"]
     entries[MANIFEST] = json.dumps(manifest, indent=2).encode()
-    network = build_network(model_file)
+    network = load_network(model_file, weights_file)
     entries[ONE_PASS_FILE] = derive_one_pass(network, cast(Shape, network.INPUT_SHAPE)).encode()
+    entries[PROMISE_FILE] = make_promise(network, hashlib.sha256(weights_file.read_bytes()).hexdigest())
     return write_archive(output, entries)
 
 
@@ -165,12 +170,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Build and prove. Returns the exit code: 1 where the archive does not load."""
     arguments = build_parser().parse_args(argv)
-    checksum = build_archive(
-        arguments.output, model_file=arguments.model_file, weights_file=arguments.weights, model_config=arguments.model_config
-    )
     try:
+        checksum = build_archive(
+            arguments.output,
+            model_file=arguments.model_file,
+            weights_file=arguments.weights,
+            model_config=arguments.model_config,
+        )
         report = prove_archive(arguments.output)
-    except RuntimeError as error:
+    except RuntimeError as error:  # an ArchiveError too
         print(error, file=sys.stderr)
         return 1
     print(f"{checksum}  {arguments.output}")

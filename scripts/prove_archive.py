@@ -3,24 +3,24 @@
     python -P prove_archive.py UNPACKED        (with PYTHONPATH=UNPACKED, as TorchServe sets it)
 
 Run by `package.py` in a process that sees nothing of the repo. Prints one line of JSON: the model as the handler describes it,
-the digit that it reads in a ramp of grey, by what it is differentiated, and the largest difference between the served gradient
-and PyTorch's own.
+the digit that it reads in the archive's own picture, by what it is differentiated, and the largest difference between its logits
+and gradient and those that the archive promises.
 """
 
 import importlib
+import itertools
 import json
 import sys
 from pathlib import Path
 
-import torch
 from ts.context import Context, RequestProcessor
 from ts.model_loader import ModelLoaderFactory
 
-TOLERANCE = 1e-5  # in logit per unit of intensity
+TOLERANCE = 5e-5  # in logits, and in logit per unit of intensity: float32 beside float64, rounded
 
 
 def main() -> int:
-    """Returns the exit code: 1 where the served gradient is not PyTorch's."""
+    """Returns the exit code: 1 where the answer is not the promised one."""
     model_dir = Path(sys.argv[1]).resolve()
     manifest = json.loads((model_dir / "MAR-INF" / "MANIFEST.json").read_text())["model"]
     service = ModelLoaderFactory.get_model_loader().load(manifest["modelName"], str(model_dir), manifest["handler"], batch_size=1)
@@ -29,21 +29,20 @@ def main() -> int:
         if not origin.is_relative_to(model_dir):
             raise RuntimeError(f"the module {module} came from {origin}, not from the archive")
     handler = service._entry_point.__self__  # the BaseHandler: TorchServe keeps only its bound method
-    height, width = handler.input_shape[1:]
+    promise = json.loads((model_dir / "promise.json").read_text())
 
     context: Context = service.context
     context.request_processor = [RequestProcessor({"explain": "True"})]
-    ramp = [[(x + y) / (height + width) for x in range(width)] for y in range(height)]  # no two neighbours tie in the pools
-    (body,) = handler.handle([{"body": {"data": ramp}}], context)
+    (body,) = handler.handle([{"body": {"data": promise["pixels"]}}], context)
     reply = json.loads(body)
 
-    pixels = torch.tensor(ramp).reshape(1, 1, height, width).requires_grad_()
-    score = handler.model.cpu()(pixels)[0, reply["digit"]]
-    (gradient,) = torch.autograd.grad(score, pixels)
-    difference = float((gradient.squeeze() - torch.tensor(reply["explanation"]["saliency"])).abs().max())
+    served = [*reply["logits"], *itertools.chain(*reply["explanation"]["saliency"])]
+    promised = [*promise["logits"], *itertools.chain(*promise["saliency"])]
+    difference = max(abs(one - other) for one, other in zip(served, promised, strict=True))
+    kept = reply["digit"] == promise["digit"] and reply["model"]["weights_sha256"] == promise["weights_sha256"]
     derivative = type(handler.differentiable).__name__
-    print(json.dumps({"model": reply["model"], "digit": reply["digit"], "by": derivative, "gradient_difference": difference}))
-    return int(difference > TOLERANCE)
+    print(json.dumps({"model": reply["model"], "digit": reply["digit"], "by": derivative, "difference": difference}))
+    return int(not kept or difference > TOLERANCE)
 
 
 if __name__ == "__main__":

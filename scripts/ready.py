@@ -1,0 +1,187 @@
+"""Ask a server whether it answers rightly: exit code 0 where it does, 1 and one line where it does not.
+
+    python -m scripts.ready --address http://127.0.0.1:8080 --archive build/digits.mar
+
+TorchServe's own /ping says Healthy while no worker answers. This sends the picture that the archive carries, asks for a
+prediction and an explanation, and compares weights, digit, logits and map with what the archive promises (`promise.py`).
+Standard library alone, so that it starts fast enough for a probe every few seconds.
+"""
+
+import argparse
+import http.client
+import json
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+PROMISE_FILE = "promise.json"
+TOLERANCE = 1e-3  # of logits and of the map: devices differ by 1e-5, other weights by more than 0.1
+TIMEOUT_S = 5.0
+WAIT_POLL_S = 0.5
+RAMP = tuple(tuple((x + y) / 56 for x in range(28)) for y in range(28))  # sent where no archive says what to send
+
+Rows = Sequence[Sequence[float]]
+
+
+class NotReady(RuntimeError):
+    """The server does not answer, or not rightly; the message says why, for a person, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """A picture and the answer to it.
+
+    Attributes:
+        weights_sha256: of the weights that make the answer.
+        pixels: (H, W), intensity in [0, 1].
+        digit: the class that it is read as; None, as the other two, where only the weights are known.
+        logits: (K,).
+        saliency: (H, W), the gradient of that class's logit.
+    """
+
+    weights_sha256: str
+    pixels: Rows = RAMP
+    digit: int | None = None
+    logits: Sequence[float] | None = None
+    saliency: Rows | None = None
+
+
+def read_promise(archive: Path) -> Promise | None:
+    """Read what an archive promises.
+
+    Returns:
+        None where it promises nothing: another packager made it.
+    Raises:
+        NotReady: there is no readable archive.
+    """
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            if PROMISE_FILE not in opened.namelist():
+                return None
+            return Promise(**json.loads(opened.read(PROMISE_FILE)))
+    except (OSError, zipfile.BadZipFile, ValueError, TypeError) as error:
+        raise NotReady(f"{archive} is no readable archive: {error}") from error
+
+
+def require_right_answers(address: str, model: str, promise: Promise, timeout_s: float = TIMEOUT_S) -> None:
+    """Ask for a prediction and an explanation of the promised picture, and compare.
+
+    Args:
+        address: of the inference API, such as http://127.0.0.1:8080.
+        model: the served model's name.
+        promise: what it should answer.
+        timeout_s: for all of it.
+    Raises:
+        NotReady: no answer in time, an error, or another answer than the promised one.
+    """
+    failures: list[Exception] = []
+
+    def ask() -> None:
+        try:
+            _compare(promise, *_ask(address, model, promise, timeout_s))
+        except Exception as error:  # noqa: BLE001  # raised again by the one who waits
+            failures.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)  # a socket's timeout starts anew with every byte; this wait does not
+    asking.start()
+    asking.join(timeout_s)
+    if asking.is_alive() or any(isinstance(error, TimeoutError) for error in failures):
+        raise NotReady(f"no answer from {address} within {timeout_s:g} s")
+    for error in failures:
+        if isinstance(error, NotReady):
+            raise error
+        if isinstance(error, (OSError, http.client.HTTPException)):
+            raise NotReady(f"no server answers at {address}: {error}") from error
+        raise NotReady(f"{address} gives another reply than this API's: {type(error).__name__}: {error}") from error
+
+
+def _ask(address: str, model: str, promise: Promise, timeout_s: float) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The replies to a prediction and to an explanation."""
+    parts = urlsplit(address)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
+    body = json.dumps({"data": promise.pixels})
+    replies = []
+    for route in ("predictions", "explanations"):
+        connection.request("POST", f"{parts.path.rstrip('/')}/{route}/{model}", body, {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        content = reply.read()
+        if reply.status != 200:
+            raise NotReady(f"{route} answers {reply.status}: {content[:200].decode(errors='replace')}".replace("\n", " "))
+        replies.append(json.loads(content))
+    connection.close()
+    return replies[0], replies[1]
+
+
+def _compare(promise: Promise, prediction: dict[str, Any], explained: dict[str, Any]) -> None:
+    """Raises: NotReady: something is not as promised."""
+    explanation = explained["explanation"]
+    saliency = [number for row in explanation["saliency"] for number in row]
+    expected_digit = prediction["digit"] if promise.digit is None else promise.digit
+    expected_logits = prediction["logits"] if promise.logits is None else promise.logits
+    for reply in (prediction, explained):
+        served = reply["model"]["weights_sha256"]
+        if served != promise.weights_sha256:
+            raise NotReady(f"other weights are served: {served}, and {promise.weights_sha256} were promised")
+        if reply["digit"] != expected_digit:
+            raise NotReady(f"a wrong answer: digit {reply['digit']}, and {expected_digit} was promised")
+        _require_close("logits", reply["logits"], expected_logits)
+    if explanation["target"] != expected_digit:
+        raise NotReady(f"a wrong answer: class {explanation['target']} is explained, and {expected_digit} was promised")
+    expected_saliency = saliency if promise.saliency is None else [number for row in promise.saliency for number in row]
+    _require_close("saliency", saliency, expected_saliency)
+
+
+def _require_close(name: str, served: Sequence[float], expected: Sequence[float]) -> None:
+    if len(served) != len(expected):
+        raise NotReady(f"a wrong answer: {len(served)} numbers of {name}, and {len(expected)} were promised")
+    differences = [abs(one - other) for one, other in zip(served, expected, strict=True)]
+    if not all(difference <= TOLERANCE for difference in differences):  # NaN is in no order, so it ends here too
+        raise NotReady(f"a wrong answer: {name} differ from what was promised by {max(differences):.3g}, more than {TOLERANCE}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.ready",
+        description="Ask a server for a prediction and an explanation, and compare them with what the archive promises.",
+        epilog="example: %(prog)s --archive build/digits.mar --wait 60",
+    )
+    parser.add_argument("--address", metavar="URL", default="http://127.0.0.1:8080", help="default: %(default)s")
+    promised = parser.add_mutually_exclusive_group()
+    promised.add_argument("--archive", type=Path, default=Path("build/digits.mar"), help="that is served; default: %(default)s")
+    promised.add_argument("--weights-sha256", metavar="HEX", help="where there is no archive: only the weights are compared")
+    parser.add_argument("--model", help="its name; default: the archive's")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="for both answers; default: %(default)g")
+    parser.add_argument("--wait", type=float, default=0, metavar="S", help="ask again for so long; default: ask once")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Ask. Returns the exit code: 0 where the answers are right, else 1."""
+    arguments = build_parser().parse_args(argv)
+    deadline = time.monotonic() + arguments.wait
+    while True:
+        try:
+            promise = Promise(arguments.weights_sha256) if arguments.weights_sha256 else read_promise(arguments.archive)
+            if promise is None:
+                raise NotReady(f"{arguments.archive} promises nothing; build it with scripts.package, or give --weights-sha256")
+            require_right_answers(arguments.address, arguments.model or arguments.archive.stem, promise, arguments.timeout)
+        except NotReady as error:
+            if time.monotonic() < deadline:
+                time.sleep(WAIT_POLL_S)
+                continue
+            print(f"not ready: {error}", file=sys.stderr)
+            return 1
+        print(f"ready: {arguments.address} gives right answers, weights {promise.weights_sha256[:12]}")
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
