@@ -42,11 +42,10 @@ MIN_JAVA_VERSION = 17  # TorchServe 0.12
 READY_TIMEOUT_S = 180
 READY_POLL_S = 0.25
 FIRST_ANSWER_TIMEOUT_S = 60  # a GPU's first picture takes long
-IDLE_S = 0.3  # workers that did nothing for so long have answered all that was asked of them
+IDLE_S = 0.3  # a server that did nothing for so long has answered all that was asked of it
 DRAIN_TIMEOUT_S = 10  # for requests in flight, and for those that still come in; with the next one less than Kubernetes' 30
 STOP_TIMEOUT_S = 15  # for TorchServe's own end; what is left then is killed
 LOG_TAIL_LINES = 40
-WORKER_PROGRAM = "model_service_worker.py"
 WORKER_DIED = "Backend worker process died."  # TorchServe's words; it would start the worker again, for minutes
 
 
@@ -211,21 +210,20 @@ class TorchServe:
             raise ServeError(f"the workers are ready, but not right: {error}\n{self.log_tail()}") from error
 
     def _wait_until_idle(self) -> None:
-        """Wait until no worker has done anything for a while: when it ends, TorchServe drops what it has not answered."""
+        """Wait until nothing has been done for a while: TorchServe drops what it has not answered when it is told to end."""
         deadline = time.monotonic() + DRAIN_TIMEOUT_S
-        before, now = None, self._worker_activity()
+        before, now = None, self._activity()
         while now and now != before and time.monotonic() < deadline:
             time.sleep(IDLE_S)
-            before, now = now, self._worker_activity()
+            before, now = now, self._activity()
 
-    def _worker_activity(self) -> dict[int, object]:
-        """What grows while a worker does something. One that wants to but gets no processor is never the same twice."""
+    def _activity(self) -> dict[int, object]:
+        """What changes while JVM or workers do something, or want to and get no processor."""
         found: dict[int, object] = {}
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
-                if WORKER_PROGRAM in " ".join(process.cmdline()):
-                    waits = process.status() in (psutil.STATUS_SLEEPING, psutil.STATUS_STOPPED)
-                    found[process.pid] = (process.cpu_times(), process.num_ctx_switches()) if waits else object()
+                waits = process.status() in (psutil.STATUS_SLEEPING, psutil.STATUS_STOPPED)
+                found[process.pid] = (process.cpu_times(), process.num_ctx_switches()) if waits else object()
         return found
 
     def _end_processes(self, launcher: subprocess.Popen[bytes]) -> None:

@@ -33,7 +33,7 @@ import pytest
 import requests
 
 from scripts.package import read_archive
-from scripts.serve import SERVE_CONFIG, WORKER_PROGRAM, Ports, ServeError, Settings, TorchServe
+from scripts.serve import SERVE_CONFIG, Ports, ServeError, Settings, TorchServe
 from tests.e2e.conftest import TIMEOUT_S, Sample
 from tests.e2e.test_serve import processes_with, read_until, serving
 
@@ -149,7 +149,7 @@ def wrong_in(content: dict[str, Any], sample: Sample, *, explain: bool) -> str:
 
 
 def workers_of(server: TorchServe) -> list[psutil.Process]:
-    return [process for process in server.processes() if WORKER_PROGRAM in " ".join(process.cmdline())]
+    return [process for process in server.processes() if "model_service_worker" in " ".join(process.cmdline())]
 
 
 def wait_for_workers(server: TorchServe, other_than: set[int]) -> None:
