@@ -475,12 +475,23 @@ def temp_dir() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
+def wait_for_queue(management_address: str, count: int) -> None:
+    """Wait until so many requests wait for a worker."""
+    deadline = time.monotonic() + RECOVERY_S
+    while True:
+        status = requests.get(f"{management_address}/models/digits", timeout=TIMEOUT_S).json()[0]["jobQueueStatus"]
+        if status["pendingRequests"] == count:
+            return
+        assert time.monotonic() < deadline, status
+        time.sleep(0.05)
+
+
 def test_requests_in_flight_are_answered_before_the_end(
     archive: Path, tmp_path: Path, temp_dir: Path, samples: list[Sample]
 ) -> None:
-    """Large ones, of which some run and the others wait: TorchServe alone drops them all."""
-    pixels = np.stack([sample.levels for sample in samples] * 50)  # (850, 28, 28)
-    maps = np.stack([sample.jacobian[sample.predicted] for sample in samples] * 50)
+    """Two are in the workers, the others wait: TorchServe alone drops them all."""
+    pixels = np.stack([sample.levels for sample in samples] * 20)  # (340, 28, 28)
+    maps = np.stack([sample.jacobian[sample.predicted] for sample in samples] * 20)
     content = io.BytesIO()
     np.save(content, pixels)
     ports = Ports.free()
@@ -503,9 +514,15 @@ def test_requests_in_flight_are_answered_before_the_end(
     options = [f"--archive={archive}", "--workers=2", "--batch-size=1"]
     with serving(ports, tmp_path / "logs", *options, environment={**os.environ, "TMPDIR": str(temp_dir)}) as process:
         read_until(process, r"curl .*/explanations/")
+        workers = [child for child in processes_with(str(temp_dir)) if "model_service_worker" in " ".join(child.cmdline())]
+        assert len(workers) == 2
         with ThreadPoolExecutor(load.sent) as pool:
+            for worker in workers:
+                worker.suspend()  # until all requests are there
             sending = [pool.submit(send, number) for number in range(load.sent)]
-            load.wait_for_right(1)
+            wait_for_queue(f"http://127.0.0.1:{ports.management}", load.sent - len(workers))
+            for worker in workers:
+                worker.resume()
             process.send_signal(signal.SIGTERM)
             started = time.monotonic()
             unanswered = load.sent - len(load.ends)
