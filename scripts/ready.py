@@ -8,15 +8,18 @@ Standard library alone, so that it starts fast enough for a probe every few seco
 """
 
 import argparse
+import contextlib
 import http.client
 import json
+import ssl
 import sys
 import threading
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -69,7 +72,14 @@ def read_promise(archive: Path) -> Promise | None:
         raise NotReady(f"{archive} is no readable archive: {error}") from error
 
 
-def require_right_answers(address: str, model: str, promise: Promise, timeout_s: float = TIMEOUT_S) -> None:
+def require_right_answers(
+    address: str,
+    model: str,
+    promise: Promise,
+    timeout_s: float = TIMEOUT_S,
+    headers: Mapping[str, str] = MappingProxyType({}),
+    tls: ssl.SSLContext | None = None,
+) -> None:
     """Ask for a prediction and an explanation of the promised picture, and compare.
 
     Args:
@@ -77,6 +87,8 @@ def require_right_answers(address: str, model: str, promise: Promise, timeout_s:
         model: the served model's name.
         promise: what it should answer.
         timeout_s: for all of it.
+        headers: sent with both requests.
+        tls: for https: which certificates are trusted; the system's where it is None.
     Raises:
         NotReady: no answer in time, an error, or another answer than the promised one.
     """
@@ -84,7 +96,9 @@ def require_right_answers(address: str, model: str, promise: Promise, timeout_s:
 
     def ask() -> None:
         try:
-            _compare(promise, *_ask(address, model, promise, timeout_s))
+            with contextlib.closing(_connect(address, timeout_s, tls)) as connection:
+                replies = _ask(connection, urlsplit(address).path, model, promise, headers)
+            _compare(promise, *replies)
         except Exception as error:  # noqa: BLE001  # raised again by the one who waits
             failures.append(error)
 
@@ -101,21 +115,26 @@ def require_right_answers(address: str, model: str, promise: Promise, timeout_s:
         raise NotReady(f"{address} gives another reply than this API's: {type(error).__name__}: {error}") from error
 
 
-def _ask(address: str, model: str, promise: Promise, timeout_s: float) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The replies to a prediction and to an explanation."""
+def _connect(address: str, timeout_s: float, tls: ssl.SSLContext | None) -> http.client.HTTPConnection:
     parts = urlsplit(address)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=timeout_s)
+    if parts.scheme == "https":
+        return http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=timeout_s, context=tls)
+    return http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout_s)
+
+
+def _ask(
+    connection: http.client.HTTPConnection, prefix: str, model: str, promise: Promise, headers: Mapping[str, str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The replies to a prediction and to an explanation."""
     body = json.dumps({"data": promise.pixels})
     replies = []
     for route in ("predictions", "explanations"):
-        connection.request("POST", f"{parts.path.rstrip('/')}/{route}/{model}", body, {"Content-Type": "application/json"})
+        connection.request("POST", f"{prefix.rstrip('/')}/{route}/{model}", body, {**headers, "Content-Type": "application/json"})
         reply = connection.getresponse()
         content = reply.read()
         if reply.status != 200:
             raise NotReady(f"{route} answers {reply.status}: {content[:200].decode(errors='replace')}".replace("\n", " "))
         replies.append(json.loads(content))
-    connection.close()
     return replies[0], replies[1]
 
 
@@ -146,6 +165,23 @@ def _require_close(name: str, served: Sequence[float], expected: Sequence[float]
         raise NotReady(f"a wrong answer: {name} differ from what was promised by {max(differences):.3g}, more than {TOLERANCE}")
 
 
+def read_token(file: Path | None) -> dict[str, str]:
+    """The header that shows a token.
+
+    Raises:
+        NotReady: the file holds none; the message does not hold what it holds.
+    """
+    if file is None:
+        return {}
+    try:
+        token = file.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise NotReady(f"the token in {file} cannot be read: {type(error).__name__}") from error
+    if not (token.isascii() and token.isprintable() and token):
+        raise NotReady(f"{file} holds no token")
+    return {"Authorization": f"Bearer {token}"}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -158,6 +194,8 @@ def build_parser() -> argparse.ArgumentParser:
     promised.add_argument("--archive", type=Path, default=Path("build/digits.mar"), help="that is served; default: %(default)s")
     promised.add_argument("--weights-sha256", metavar="HEX", help="where there is no archive: only the weights are compared")
     parser.add_argument("--model", help="its name; default: the archive's")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="sent as Authorization: Bearer ...")
+    parser.add_argument("--ca", type=Path, metavar="FILE", help="for https: certificates to trust, as PEM")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="for both answers; default: %(default)g")
     parser.add_argument("--wait", type=float, default=0, metavar="S", help="ask again for so long; default: ask once")
     return parser
@@ -166,13 +204,20 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Ask. Returns the exit code: 0 where the answers are right, else 1."""
     arguments = build_parser().parse_args(argv)
+    try:
+        tls = ssl.create_default_context(cafile=arguments.ca) if arguments.ca else None
+    except OSError as error:
+        print(f"not ready: {arguments.ca} holds no certificates: {error}", file=sys.stderr)
+        return 1
     deadline = time.monotonic() + arguments.wait
     while True:
         try:
             promise = Promise(arguments.weights_sha256) if arguments.weights_sha256 else read_promise(arguments.archive)
             if promise is None:
                 raise NotReady(f"{arguments.archive} promises nothing; build it with scripts.package, or give --weights-sha256")
-            require_right_answers(arguments.address, arguments.model or arguments.archive.stem, promise, arguments.timeout)
+            headers = read_token(arguments.token_file)
+            model = arguments.model or arguments.archive.stem
+            require_right_answers(arguments.address, model, promise, arguments.timeout, headers, tls)
         except NotReady as error:
             if time.monotonic() < deadline:
                 time.sleep(WAIT_POLL_S)

@@ -41,13 +41,14 @@ def right_reply(promise: ready.Promise) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def answering(status: int, body: bytes) -> Iterator[str]:
-    """A server that gives one reply to everything."""
+def answering(status: int, body: bytes, token: str | None = None) -> Iterator[str]:
+    """A server that gives one reply to everything, or, where it wants a token, to those who show it."""
 
     class Answer(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:  # the base class's name
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(status)
+            allowed = token is None or self.headers["Authorization"] == f"Bearer {token}"
+            self.send_response(status if allowed else 401)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -80,6 +81,24 @@ def test_right_answers_are_ready(archive: Path, right_reply: dict[str, Any], cap
     with answering(200, json.dumps(right_reply).encode()) as address:
         code, printed = run_probe(capsys, address, "--archive", str(archive))
     assert (code, printed.startswith(f"ready: {address}")) == (0, True)
+
+
+def test_token_is_shown_and_never_printed(
+    archive: Path, right_reply: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token_file = tmp_path / "token"
+    options = ["--archive", str(archive), "--token-file", str(token_file)]
+    with answering(200, json.dumps(right_reply).encode(), token="s3cret") as address:
+        token_file.write_text("s3cret\n")
+        assert run_probe(capsys, address, *options)[0] == 0
+        for wrong, message in (
+            ("s3cre7", "predictions answers 401"),
+            ("s3cre\nt", f"{token_file} holds no token"),
+            ("", "no token"),
+        ):
+            token_file.write_text(wrong)
+            code, printed = run_probe(capsys, address, *options)
+            assert (code, message in printed, "s3cre" in printed) == (1, True, False)
 
 
 def change(reply: dict[str, Any], path: str, value: object) -> None:
