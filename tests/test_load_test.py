@@ -471,7 +471,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
     with serving(answer) as address:
         command = [sys.executable, "-m", "scripts.load_test", "--url", address, "--rates", "50,100", "--duration", "0.5"]
-        command += ["--warm-up", "0.1", "--mix", "predict=3,explain=1,explain-png=0", "--token-file", str(folder / "token")]
+        command += ["--warm-up", "0.1", "--mix", "predict=3,explain=1,explain-png=0", "--key-file", str(folder / "token")]
         command += ["--output", str(folder / "out" / "test.1")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     files = {file.name: file.read_bytes() for file in (folder / "out").iterdir()}
@@ -616,7 +616,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.usefixtures("no_matplotlib")
 @pytest.mark.parametrize(
     ("options", "error_kinds"),
-    [(["--ca", "CERTIFICATE"], []), (["--insecure"], []), ([], ["tls"])],
+    [(["--ca-file", "CERTIFICATE"], []), (["--insecure"], []), ([], ["tls"])],
     ids=["trusted", "unchecked", "unknown"],
 )
 def test_https(certificate: tuple[Path, Path], options: list[str], error_kinds: list[str], tmp_path: Path) -> None:
@@ -660,7 +660,7 @@ def test_wrong_usage_ends_with_2(arguments: list[str], message: str, capsys: pyt
     ("arguments", "message"),
     [
         (["--pictures", "missing.png"], "missing.png: No such file"),
-        (["--token-file", "missing"], "No such file"),
+        (["--key-file", "missing"], "No such file"),
         (["--report", "missing.npz"], "holds no samples of a load test"),
         (["--report", str(DIGIT_FILES[0])], "holds no samples of a load test"),
         (["--url", "http://no-such-host.invalid"], "error: "),
