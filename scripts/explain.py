@@ -45,16 +45,16 @@ class ExplainError(RuntimeError):
 
 
 def request_explanation(
-    picture: Path, *, url: str, model: str, target: str, access: Access = Access(), **options: str
+    picture: Path, access: Access = Access(), /, *, url: str, model: str, target: str, **options: str
 ) -> dict[str, Any]:
     """Send one picture to the explanations route.
 
     Args:
         picture: an image file.
+        access: the token and the certificates, where the server asks for them.
         url: address of the inference API, such as http://127.0.0.1:8080.
         model: the served model's name.
         target: as the API takes it: a class, "predicted", classes with commas, or "all".
-        access: the token and the certificates, where the server asks for them.
         options: more of the API's options.
     Returns:
         the reply, as the README's API section describes it.
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         access = Access(read_token(arguments.key_file) if arguments.key_file else None, arguments.ca_file)
         for picture in arguments.pictures:
             reply = request_explanation(
-                picture, url=url, model=arguments.model, target=arguments.target, access=access, method=arguments.method
+                picture, access, url=url, model=arguments.model, target=arguments.target, method=arguments.method
             )
             model = reply["model"]
             served = f"{url} ({model['name']} {model['version']}, weights {model['weights_sha256'][:12]})"

@@ -298,7 +298,7 @@ def _gpu_is_there() -> bool:
 
 
 def _configure(settings: Settings) -> str:
-    """The text of config.properties with this server's addresses and, where it is hardened, its certificate."""
+    """The text of config.properties with this server's addresses and folder and, where it is hardened, its certificate."""
     ports, hardening = settings.ports, settings.hardening
     changes = {
         "inference_address": f"http://127.0.0.1:{ports.inference}",
@@ -313,7 +313,7 @@ def _configure(settings: Settings) -> str:
             "certificate_file": str(hardening.certificate.resolve()),
             "private_key_file": str(hardening.private_key.resolve()),
         }
-    properties = settings.configuration.read_text()
+    properties = settings.configuration.read_text().replace("=serve_config/", f"={SERVE_CONFIG}/")
     for name, value in changes.items():
         properties = write_property(properties, name, value)
     return properties
