@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import socket
 import socketserver
@@ -42,6 +41,7 @@ from scripts.load import (
 from scripts.load_test import StepSummary, find_knee, find_warnings, is_right_form, read_mix, summarise
 from scripts.package import MODEL_NAME, ROOT
 from tests.conftest import DIGIT_FILES
+from tests.tls import make_certificate
 
 STALL_S = 1.0
 TOKEN = "kept-to-itself-4711"
@@ -604,13 +604,7 @@ def test_a_test_that_ended_in_its_warm_up_has_nothing_to_report(tmp_path: Path, 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate for 127.0.0.1, signed by itself, and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificate")
-    folder = tmp_path_factory.mktemp("tls")
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=test"
-    command += f" -addext subjectAltName=IP:127.0.0.1 -keyout {folder / 'key'} -out {folder / 'certificate'}"
-    subprocess.run(command.split(), check=True, capture_output=True)
-    return folder / "certificate", folder / "key"
+    return make_certificate(tmp_path_factory.mktemp("tls"), "IP:127.0.0.1")
 
 
 @pytest.mark.usefixtures("no_matplotlib")
