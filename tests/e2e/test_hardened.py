@@ -90,7 +90,8 @@ def find_unprivileged() -> list[str]:
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         return []
     for prefix in UNPRIVILEGED:
-        command = [*prefix, sys.executable, "-c", "import ts, scripts.serve"]
+        start_again = "import subprocess, sys, ts, scripts.serve; subprocess.run([sys.executable, '-c', ''], check=True)"
+        command = [*prefix, sys.executable, "-c", start_again]
         if subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0:
             return prefix
     return []
