@@ -172,11 +172,14 @@ class TorchServe:
             if hardening is not None:
                 if not hardening.allow_privileged_user:
                     require_least_privileges()
+                if "disable_token_authorization=false" not in settings.configuration.read_text().splitlines():
+                    raise HardeningError(f"{settings.configuration} asks for no token; config-hardened.properties does")
                 require_usable_certificate(hardening.certificate, hardening.private_key)
+            _require_free(settings.ports, hardening.inference_host if hardening else "127.0.0.1")
+            if hardening is not None:
                 prepare_key_dir(hardening.key_dir)
         except HardeningError as error:
             raise ServeError(str(error)) from error
-        _require_free(settings.ports, hardening.inference_host if hardening else "127.0.0.1")
         self._folder = Path(tempfile.mkdtemp(prefix="serve-"))  # short: Unix sockets in it have at most 107 characters
         for name in ("store", "tmp"):
             (self._folder / name).mkdir()
@@ -262,7 +265,7 @@ def _require_free(ports: Ports, inference_host: str) -> None:
                 probe.bind((host, port))
             except OSError as error:
                 option = f"--{name.replace('_', '-')}-port"
-                raise ServeError(f"port {port} of {host} is taken; choose another with {option} ({error.strerror})") from error
+                raise ServeError(f"port {port} is taken; choose another with {option} ({host}: {error.strerror})") from error
 
 
 def _prepare_log_dir(settings: Settings) -> None:

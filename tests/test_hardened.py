@@ -2,8 +2,11 @@
 
 import hashlib
 import os
+import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +20,7 @@ from scripts.hardened import (
     verify_checksum,
 )
 from scripts.package import ROOT, checksum_file_of
-from scripts.serve import SERVE_CONFIG, Ports, ServeError, Settings
+from scripts.serve import SERVE_CONFIG, Ports, ServeError, Settings, TorchServe
 from tests.tls import make_certificate
 
 ARCHIVE = b"an archive"
@@ -196,6 +199,36 @@ def test_development_takes_its_own_configuration() -> None:
     settings = serve.read_settings(serve.build_parser().parse_args([]))
     assert settings.hardening is None
     assert settings.configuration.name == "config.properties"
+
+
+def start_hardened(archive: Path, tmp_path: Path, **changed: Any) -> None:
+    """Start a server that must not start."""
+    certificate, private_key = make_pair(tmp_path / "tls")
+    hardening = Hardening(certificate, private_key, key_dir=tmp_path / "keys", allow_privileged_user=True)
+    settings = Settings(
+        archive=archive,
+        archive_sha256=hashlib.sha256(archive.read_bytes()).hexdigest(),
+        log_dir=tmp_path / "logs",
+        ports=Ports.free(),
+        configuration=SERVE_CONFIG / "config-hardened.properties",
+        hardening=hardening,
+    )
+    with TorchServe(replace(settings, **changed)):
+        pytest.fail("it started")
+
+
+def test_a_configuration_without_tokens_is_not_served_to_others(archive: Path, tmp_path: Path) -> None:
+    with pytest.raises(ServeError, match=r"config\.properties asks for no token"):
+        start_hardened(archive, tmp_path, configuration=SERVE_CONFIG / "config.properties")
+
+
+def test_a_second_start_leaves_the_tokens_of_the_first(archive: Path, tmp_path: Path) -> None:
+    (tmp_path / "keys").mkdir()
+    (tmp_path / "keys" / "key_file.json").write_text("the first server's")
+    ports = Ports.free()
+    with socket.create_server(("127.0.0.1", ports.inference)), pytest.raises(ServeError, match="is taken"):
+        start_hardened(archive, tmp_path, ports=ports)
+    assert (tmp_path / "keys" / "key_file.json").read_text() == "the first server's"
 
 
 def test_a_changed_archive_is_not_served(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
