@@ -185,7 +185,7 @@ class TorchServe:
             (self._folder / name).mkdir()
         self.worker_count = _configure_archive(settings, archive, self._folder / "store")
         configuration = self._folder / "config.properties"
-        configuration.write_text(_configure(settings))
+        configuration.write_text(_configure(settings, Path(shutil.copy(SERVE_CONFIG / "logging.properties", self._folder))))
         _prepare_log_dir(settings)
         if hardening is not None:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold requests and keys
@@ -300,8 +300,8 @@ def _gpu_is_there() -> bool:
     return torch.cuda.is_available()
 
 
-def _configure(settings: Settings) -> str:
-    """The text of config.properties with this server's addresses and folder and, where it is hardened, its certificate."""
+def _configure(settings: Settings, java_logging: Path) -> str:
+    """The text of config.properties with this server's addresses, Java's logging and, where it is hardened, its certificate."""
     ports, hardening = settings.ports, settings.hardening
     changes = {
         "inference_address": f"http://127.0.0.1:{ports.inference}",
@@ -316,7 +316,9 @@ def _configure(settings: Settings) -> str:
             "certificate_file": str(hardening.certificate.resolve()),
             "private_key_file": str(hardening.private_key.resolve()),
         }
-    properties = settings.configuration.read_text().replace("=serve_config/", f"={SERVE_CONFIG}/")
+    properties = settings.configuration.read_text()
+    vmargs = re.search(r"(?m)^vmargs=(.*)$", properties)
+    changes["vmargs"] = f"{vmargs[1] if vmargs else ''} -Djava.util.logging.config.file={java_logging}".strip()
     for name, value in changes.items():
         properties = write_property(properties, name, value)
     return properties
