@@ -408,6 +408,7 @@ def send_secrets(hardened: Hardened, secret: Secrets) -> list[bytes]:
     for query in ("?token={}", "?a=%zz{}", "/%zz{}", "?{}" + "a" * 8000):
         ask(PREDICT + query.format(secret("query")))
     ask(PREDICT, method=secret("method"))
+    ask(f"org.pytorch.serve.grpc.inference{secret('grpc')}", method="gRPC")
     ask(PREDICT, version=f"{secret('protocol')}/1.1")
     ask(PREDICT, version=secret("protocol"))
     # Headers.
