@@ -23,6 +23,8 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
+from scripts.credentials import CredentialsError, authorization, read_token
+
 PROMISE_FILE = "promise.json"
 TOLERANCE = 1e-3  # of logits and of the map: devices differ by 1e-5, other weights by more than 0.1
 TIMEOUT_S = 5.0
@@ -165,23 +167,6 @@ def _require_close(name: str, served: Sequence[float], expected: Sequence[float]
         raise NotReady(f"a wrong answer: {name} differ from what was promised by {max(differences):.3g}, more than {TOLERANCE}")
 
 
-def read_token(file: Path | None) -> dict[str, str]:
-    """The header that shows a token.
-
-    Raises:
-        NotReady: the file holds none; the message does not hold what it holds.
-    """
-    if file is None:
-        return {}
-    try:
-        token = file.read_text().strip()
-    except (OSError, ValueError) as error:
-        raise NotReady(f"the token in {file} cannot be read: {type(error).__name__}") from error
-    if not (token.isascii() and token.isprintable() and token):
-        raise NotReady(f"{file} holds no token")
-    return {"Authorization": f"Bearer {token}"}
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -194,8 +179,10 @@ def build_parser() -> argparse.ArgumentParser:
     promised.add_argument("--archive", type=Path, default=Path("build/digits.mar"), help="that is served; default: %(default)s")
     promised.add_argument("--weights-sha256", metavar="HEX", help="where there is no archive: only the weights are compared")
     parser.add_argument("--model", help="its name; default: the archive's")
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="sent as Authorization: Bearer ...")
-    parser.add_argument("--ca", type=Path, metavar="FILE", help="for https: certificates to trust, as PEM")
+    parser.add_argument(
+        "--key-file", type=Path, metavar="FILE", help="the token: TorchServe's key_file.json, or a file that holds it alone"
+    )
+    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="for https: certificates to trust, as PEM")
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="for both answers; default: %(default)g")
     parser.add_argument("--wait", type=float, default=0, metavar="S", help="ask again for so long; default: ask once")
     return parser
@@ -205,9 +192,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Ask. Returns the exit code: 0 where the answers are right, else 1."""
     arguments = build_parser().parse_args(argv)
     try:
-        tls = ssl.create_default_context(cafile=arguments.ca) if arguments.ca else None
+        tls = ssl.create_default_context(cafile=arguments.ca_file) if arguments.ca_file else None
     except OSError as error:
-        print(f"not ready: {arguments.ca} holds no certificates: {error}", file=sys.stderr)
+        print(f"not ready: {arguments.ca_file} holds no certificates: {error}", file=sys.stderr)
         return 1
     deadline = time.monotonic() + arguments.wait
     while True:
@@ -215,10 +202,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             promise = Promise(arguments.weights_sha256) if arguments.weights_sha256 else read_promise(arguments.archive)
             if promise is None:
                 raise NotReady(f"{arguments.archive} promises nothing; build it with scripts.package, or give --weights-sha256")
-            headers = read_token(arguments.token_file)
+            headers = authorization(read_token(arguments.key_file) if arguments.key_file else None)
             model = arguments.model or arguments.archive.stem
             require_right_answers(arguments.address, model, promise, arguments.timeout, headers, tls)
-        except NotReady as error:
+        except (NotReady, CredentialsError) as error:
             if time.monotonic() < deadline:
                 time.sleep(WAIT_POLL_S)
                 continue

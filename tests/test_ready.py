@@ -87,7 +87,7 @@ def test_token_is_shown_and_never_printed(
     archive: Path, right_reply: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     token_file = tmp_path / "token"
-    options = ["--archive", str(archive), "--token-file", str(token_file)]
+    options = ["--archive", str(archive), "--key-file", str(token_file)]
     with answering(200, json.dumps(right_reply).encode(), token="s3cret") as address:
         token_file.write_text("s3cret\n")
         assert run_probe(capsys, address, *options)[0] == 0
