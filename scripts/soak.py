@@ -5,8 +5,9 @@
 Starts a server of its own (or takes one: --url), learns the right answers from requests that are alone (scripts/soak_traffic.py),
 warms up with as many requests as the server takes, then sends them by the clock, by default at 60 % of what it took. Every answer
 is compared. Resident memory, descriptors and threads of the workers and the JVM are sampled meanwhile; descriptors and temp files
-are counted before and after, with nothing to do. All samples go to OUTPUT.npz first; the text, OUTPUT.json and OUTPUT.html are made
-of that file alone (scripts/soak_report.py says how), and `--report OUTPUT.npz` makes them again. Exits with 1 where a gate fails.
+are counted before and after, with nothing to do. All samples go to OUTPUT.npz first; the text, OUTPUT.json and OUTPUT.html are
+made of that file alone (scripts/soak_report.py says how), and `--report OUTPUT.npz` makes them again. Exits with 1 where a gate
+fails.
 """
 
 import argparse

@@ -23,7 +23,7 @@ from scripts.load import Call, build_call
 TOLERANCE = 2e-3  # of numbers, absolute and relative: sums of other order in another batch differ by less, other pictures by more
 PIXEL_TOLERANCE = 1.0  # the same of drawings: mean difference of colours, of 255
 # Of the numbers of a map whose picture was prepared: its background is flat, where inputs of max pools tie, and of two that tie
-# either may have the gradient, by the rounding in this batch. Seen are 12 of 784 pixels; the map of another picture differs in most.
+# either may have the gradient, by the rounding in this batch. Seen are 12 of 784 pixels; maps of two pictures differ in most.
 TIED_SHARE = 0.05
 KNOWN_REPLIES = 100  # to one call, that are remembered as right; others are compared again
 LARGE_FORM_BYTES = 7_000_000  # over 6.25 MiB a frontend may hold an upload in a temp file
