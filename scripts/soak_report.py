@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 MIB = 2**20
 BLOCKS = 10  # of the window, whose means the slope goes through
 CONFIDENCE = 0.95
-# MiB/h that the upper end of a slope's interval may have. A worker and the JVM have some 600 and 400 MiB: a process that grew by
-# this would take two days to double. A leak of one kilobyte a request, at 100 requests a second, is 350 MiB/h.
-MAX_SLOPE_MIB_PER_HOUR = 10.0
+# MiB/h, below which the upper end of a slope's interval has to be: growth is ruled out, not merely unproven. In half an hour that
+# is 32 MiB, as much as the allocator may keep of what was freed (KEPT_BYTES in handler/digit_handler.py), in steps at any time. A
+# leak of 200 bytes a request is 69 MiB/h at 100 requests a second.
+MAX_SLOPE_MIB_PER_HOUR = 64.0
 MAX_P99_GROWTH = 1.10
 JUDGED_FROM_S = 600.0  # a shorter window says nothing of slopes and of a p99's growth
 SIXTHS = 6
