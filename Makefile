@@ -9,7 +9,7 @@ SOURCES := $(wildcard handler/*.py model/network.py) model/weights.safetensors s
            scripts/package.py scripts/derive.py scripts/prove_archive.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format package accuracy evaluate load benchmark sweep scale gpu fuzz train digits picture \
+.PHONY: help setup serve test lint format package accuracy evaluate load soak benchmark sweep scale gpu fuzz train digits picture \
         classes localise lock audit sbom clean
 .DELETE_ON_ERROR:
 
@@ -43,6 +43,9 @@ evaluate: .venv/.installed-dev ## measure the maps beside controls; fails where 
 
 load: .venv/.installed-dev ## put a running server under load and report; ARGS="--rates 100,200,400 ..." (--help shows all)
 	$(BIN)/python -m scripts.load_test $(ARGS)
+
+soak: .venv/.installed-dev build/digits.mar ## half an hour of mixed traffic: does the server stay as it was? ARGS="--minutes 1 --warm-up 15"
+	$(BIN)/python -m scripts.soak $(ARGS)
 
 benchmark: .venv/.installed-peers ## measure this service beside its peers (a quarter of an hour); ARGS="--rounds 3 --systems noop,mosec"
 	$(BIN)/python -m scripts.benchmark_step
