@@ -1,5 +1,6 @@
 """Measurements of maps against closed forms and other implementations, and reports from known numbers."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -375,6 +376,17 @@ def test_evaluation_reports_and_repeats_by_its_seed(
     assert rows["misread order"]["gradient"][0]["count"] >= 3
     assert "data:image/png;base64," in (tmp_path / "one" / "report.html").read_text()
     assert "## The most salient pixels first" in capsys.readouterr().out
+
+
+def test_committed_run_is_of_the_committed_weights_and_passes_all_gates() -> None:
+    text = (ROOT / "scripts" / "results" / "evaluation.md").read_text()
+    assert f"weights {hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()[:12]}, images 1000," in text
+    verdicts = re.findall(r"(?m)^(pass|FAIL)  (.*?): ", text)
+    assert verdicts == [("pass", gate.name) for gate in GATES]
+    readme = (ROOT / "README.md").read_text()
+    values = dict(re.findall(r"(?m)^pass  (.*?): (\S+)", text))
+    assert f"**{values[GATES[0].name]}**" in readme
+    assert f"**{values[GATES[1].name]}**" in readme
 
 
 def test_random_weights_fail_the_gates(digit_batch: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
