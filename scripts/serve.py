@@ -151,7 +151,7 @@ class TorchServe:
             (self._folder / name).mkdir()
         self.worker_count = _configure_archive(settings, self._folder / "store")
         configuration = self._folder / "config.properties"
-        configuration.write_text(_configure_ports(settings.configuration.read_text(), settings.ports))
+        configuration.write_text(_find_metrics(_configure_ports(settings.configuration.read_text(), settings.ports)))
         shutil.rmtree(settings.log_dir, ignore_errors=True)
         settings.log_dir.mkdir(parents=True)
         with (settings.log_dir / "console.log").open("wb") as console:
@@ -255,6 +255,11 @@ def _configure_ports(properties: str, ports: Ports) -> str:
     return properties
 
 
+def _find_metrics(properties: str) -> str:
+    """Make the path of metrics.yaml in the text of config.properties hold wherever TorchServe runs."""
+    return re.sub(r"(?m)^(metrics_config=)(?!/)", rf"\g<1>{ROOT}/", properties)
+
+
 def _environment(temp_dir: Path, log_dir: Path) -> dict[str, str]:
     """The server's environment: ours, less what would lead it to other code or another configuration."""
     misleading = ("PYTHONPATH", "TS_CONFIG_FILE", "JAVA_HOME")
@@ -310,6 +315,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-batch-delay", type=int, help="ms that a request waits for others; default: what model-config.yaml says"
     )
+    parser.add_argument(
+        "--log-config",
+        type=Path,
+        default=defaults.log_configuration,
+        help="log4j's; serve_config/log4j2-json.xml writes JSON; default: serve_config/log4j2.xml",
+    )
     parser.add_argument("--log-dir", type=Path, default=defaults.log_dir, help="emptied at the start; default: build/logs")
     return parser
 
@@ -327,6 +338,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         ports=Ports(**{name: getattr(arguments, f"{name}_port") for name in Ports.__dataclass_fields__}),
         device=arguments.device,
         log_dir=arguments.log_dir,
+        log_configuration=arguments.log_config,
         model_config={key: value for key, value in model_config.items() if value is not None},
     )
 
