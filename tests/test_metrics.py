@@ -153,12 +153,13 @@ def test_worker_tells_the_frontend_what_it_did_with_a_mixed_batch(
         ("prediction", "none", "ok"): 1,
         ("explanation", "gradient", "ok"): 5,
         ("explanation", "unread", "client_error"): 2,
-        ("description", "none", "ok"): 1,
+        ("prediction", "unread", "client_error"): 1,  # a client's own `describe`
     }
-    assert sum(status == 200 for status in statuses) == 7
+    assert sum(status == 200 for status in statuses) == 6
     assert {key[1]: value for key, value in counted.items() if key[0] == "saliency_errors_total"} == {
         "UnreadableImage": 1,
         "InvalidOption": 1,
+        "EmptyRequest": 1,
     }
     assert sum(value for key, value in counted.items() if key[0] == "saliency_pictures_total") == 6
     assert all(counted["saliency_step_seconds_count", step] == 1 for step in Step)
