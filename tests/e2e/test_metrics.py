@@ -51,7 +51,8 @@ def scrape(server: TorchServe) -> Counts:
 def settled(server: TorchServe) -> Counts:
     """The counts, once all that happened is in them."""
     deadline = time.monotonic() + WAIT_S
-    before, after = {}, ours(scrape(server))
+    before: Counts = {}
+    after = ours(scrape(server))
     while before != after:
         assert time.monotonic() < deadline, "the counts never came to rest"
         time.sleep(2.5)
@@ -140,7 +141,7 @@ def test_correlation_id_is_in_the_reply_and_once_in_the_log(
 )
 def test_id_that_could_be_misread_is_neither_answered_nor_logged(server: TorchServe, hostile: str) -> None:
     before = settled(server)
-    headers = {
+    headers: dict[str, str | bytes] = {
         "X-Correlation-Id": hostile.encode("latin-1"),
         "Authorization": "Bearer seeing-secret",
         "X-Request-Id": b"seen-after",
