@@ -6,7 +6,7 @@ Writes build/evaluation/report.json and report.html, and prints the same as text
 
 Deletion and insertion take away, or put in, the most salient pixels first (Petsiuk et al., arXiv 1806.07421). Randomisation gives
 layers of the network new random weights: a map that stays as it was does not show what the network has learned (Adebayo et al.,
-arXiv 1810.03292). Another method of explaining is one more entry in METHODS.
+arXiv 1810.03292). Every method that the handler offers is measured, with its default parameters.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import copy
 import hashlib
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,14 @@ from scipy.stats import rankdata
 from torch import nn
 from tqdm import tqdm
 
+from handler import methods
 from handler.archive import ArchiveError, load_weights
 from handler.drawing import Layout, Row, Style, draw
-from handler.methods import GRADIENT, LossGradient, Method
+from handler.methods import CROSS_ENTROPY, GRADIENT, LossGradient, Method
 from handler.saliency import freeze, predict_and_explain
 from model.data import load_mnist
 from model.network import DigitNetwork
-from scripts.evaluation_report import Estimate, Gate, Report, Table, judge, render_html, render_json, render_text
+from scripts.evaluation_report import ABSOLUTE, Estimate, Gate, Report, Table, judge, render_html, render_json, render_text
 
 MapFunction = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 Values = NDArray[np.float64]
@@ -66,7 +68,13 @@ def _map_by(method: Method, network: nn.Module, pixels: torch.Tensor, targets: t
     return torch.from_numpy(maps).squeeze(1)
 
 
-METHODS: dict[str, MapFunction] = {"gradient": gradient}
+def _find_evidence(method: Method, network: nn.Module, pixels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Maps in which a higher number speaks for the class, as `gradient`: a loss falls where the class gains."""
+    maps = _map_by(method, network, pixels, targets)
+    return -maps if method.output == CROSS_ENTROPY else maps
+
+
+METHODS: dict[str, MapFunction] = {name: partial(_find_evidence, method()) for name, method in methods.METHODS.items()}
 
 GATES = (
     Gate("deletion by the signed gradient", "order", "gradient", "deletion", highest=0.15),
@@ -278,7 +286,7 @@ def measure_orders(
     predicted = predict(network, pixels).argmax(dim=1)
     orders: dict[str, torch.Tensor] = {}
     for method, some_maps in maps.items():
-        orders |= {method: some_maps, f"{method}, absolute": some_maps.abs()}
+        orders |= {method: some_maps, f"{method}{ABSOLUTE}": some_maps.abs()}
     orders |= {"intensity (control)": pixels[:, 0], "random (control)": torch.zeros_like(pixels[:, 0])}
     curves: dict[str, dict[str, tuple[Estimate, ...]]] = {"deletion": {}, "insertion": {}}
     rows = {}

@@ -167,6 +167,8 @@ def render_text(report: Report) -> str:
 
 # --- the page
 
+ABSOLUTE = ", absolute"  # ends the name of a curve by absolute numbers
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
 table { border-collapse: collapse; margin: 1rem 0 } th, td { border: 1px solid #ccc; padding: .25rem .6rem; text-align: left }
@@ -219,7 +221,10 @@ def _plot_curves(report: Report) -> str:
         for axes, (title, curves) in zip(figure.subplots(1, len(report.curves), sharey=True), report.curves.items(), strict=True):
             for name, points in curves.items():
                 shares = np.linspace(0, 100, len(points))
-                (line,) = axes.plot(shares, [point.value for point in points], label=name)
+                base, _, absolute = name.partition(ABSOLUTE)  # dashed, in the colour of the signed map
+                color = f"C{[*dict.fromkeys(other.partition(ABSOLUTE)[0] for other in curves)].index(base)}"
+                values = [point.value for point in points]
+                (line,) = axes.plot(shares, values, label=name, color=color, linestyle="--" if absolute else "-")
                 bounds = [point.low for point in points], [point.high for point in points]
                 axes.fill_between(shares, *bounds, color=line.get_color(), alpha=0.2, linewidth=0)
             axes.set(title=title, xlabel="pixels, %", ylabel="probability of the predicted class", ylim=(0, 1.02))
