@@ -17,8 +17,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,7 +53,8 @@ Emit = Callable[[Series, float], None]  # adds a value to a count that others se
 logger = logging.getLogger(__name__)
 
 
-class Kind(StrEnum):
+# Labels are plain text: the hash of an enum's member is Python's own work, and each label is a key some times a batch.
+class Kind:
     """What a request asks for; where it cannot be read, what its route is for."""
 
     PREDICTION = "prediction"
@@ -62,7 +62,7 @@ class Kind(StrEnum):
     DESCRIPTION = "description"  # of the service
 
 
-class Outcome(StrEnum):
+class Outcome:
     """What became of a request."""
 
     OK = "ok"
@@ -70,12 +70,7 @@ class Outcome(StrEnum):
     SERVER_ERROR = "server_error"
 
 
-NO_METHOD = "none"  # nothing is explained
-SEVERAL_METHODS = "several"
-UNREAD_METHOD = "unread"  # the request is refused
-
-
-class Step(StrEnum):
+class Step:
     """What a worker's time goes into. All together are a batch's time in the handler."""
 
     DECODE = "decode"  # requests and their pictures are read and prepared
@@ -85,13 +80,19 @@ class Step(StrEnum):
     ENCODE = "encode"  # replies are written
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+NO_METHOD = "none"  # nothing is explained
+SEVERAL_METHODS = "several"
+UNREAD_METHOD = "unread"  # the request is refused
+OUTCOMES = (Outcome.OK, Outcome.CLIENT_ERROR, Outcome.SERVER_ERROR)
+STEPS = (Step.DECODE, Step.FORWARD, Step.BACKWARD, Step.MAP, Step.ENCODE)
+
+
+class Answer(NamedTuple):
     """What is counted of one request. `error` is the type of the error that it got."""
 
-    kind: Kind
+    kind: str
     method: str
-    outcome: Outcome
+    outcome: str
     error: str | None
 
 
@@ -125,7 +126,7 @@ class Batch:
         answers: one a request.
     """
 
-    seconds: dict[Step, float] = field(default_factory=lambda: dict.fromkeys(Step, 0.0))
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
     logits: list[NDArray[np.floating]] = field(default_factory=list)
     answers: Sequence[Answer] = ()
 
@@ -151,7 +152,7 @@ class Meter:
         self._batch = Batch()
         self._since = time.perf_counter()
 
-    def lap(self, step: Step) -> None:
+    def lap(self, step: str) -> None:
         """Note that the time since the start, or the last lap, went into a step."""
         now = time.perf_counter()
         self._batch.seconds[step] += now - self._since
@@ -208,7 +209,7 @@ class TimedPasses:
         self._note(Step.BACKWARD)
         return gradients
 
-    def _note(self, step: Step) -> None:
+    def _note(self, step: str) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._meter.lap(step)
@@ -224,32 +225,34 @@ def all_series(class_count: int) -> Iterator[Series]:
     }
     for kind, kind_methods in methods.items():
         for method in kind_methods:
-            for outcome in Outcome:
-                if method != UNREAD_METHOD or outcome is not Outcome.OK:
+            for outcome in OUTCOMES:
+                if method != UNREAD_METHOD or outcome != Outcome.OK:
                     yield "saliency_requests_total", (kind, method, outcome)
     for error_type in sorted(_names_of_errors(ServiceError)):
         yield "saliency_errors_total", (error_type,)
     for index in range(class_count):
         yield "saliency_pictures_total", (str(index),)
     yield from _series_of("saliency_confidence", (), CONFIDENCE_BOUNDS)
-    for step in Step:
+    for step in STEPS:
         yield from _series_of("saliency_step_seconds", (step,), STEP_BOUNDS_S)
 
 
 def add_up(batches: Iterable[Batch]) -> Counter[Series]:
     """Count what happened in some batches. Sums of a histogram are floats, all else are integers."""
     counts: Counter[Series] = Counter()
-    seconds: dict[Step, list[float]] = {step: [] for step in Step}
+    answers: Counter[Answer] = Counter()
+    seconds: dict[str, list[float]] = {step: [] for step in STEPS}
     logits: list[NDArray[np.floating]] = []
     for batch in batches:
         logits += batch.logits
         for step, duration in batch.seconds.items():
             if duration:
                 seconds[step].append(duration)
-        for answer in batch.answers:
-            counts["saliency_requests_total", (answer.kind, answer.method, answer.outcome)] += 1
-            if answer.error is not None:
-                counts["saliency_errors_total", (answer.error,)] += 1
+        answers.update(batch.answers)
+    for answer, count in answers.items():
+        counts["saliency_requests_total", (answer.kind, answer.method, answer.outcome)] += count
+        if answer.error is not None:
+            counts["saliency_errors_total", (answer.error,)] += count
     for step, durations in seconds.items():
         _add_histogram(counts, "saliency_step_seconds", (step,), STEP_BOUNDS_S, np.array(durations))
     if logits:

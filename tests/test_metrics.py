@@ -24,6 +24,7 @@ from handler.metrics import (
     CONFIDENCE_BOUNDS,
     COUNTERS,
     STEP_BOUNDS_S,
+    STEPS,
     Answer,
     Batch,
     Kind,
@@ -99,7 +100,7 @@ def test_classes_and_confidence_are_counted_as_one_would_by_hand() -> None:
 
 def test_a_step_is_counted_in_every_bucket_that_holds_its_time() -> None:
     times = (0.0001, 0.0004, 0.3, 7.0, 0.0)  # at a bound, between two, above the last but one, above all, not taken
-    counts = add_up([Batch(seconds={**dict.fromkeys(Step, 0.0), Step.FORWARD: seconds}) for seconds in times])
+    counts = add_up([Batch(seconds={**dict.fromkeys(STEPS, 0.0), Step.FORWARD: seconds}) for seconds in times])
     held = [counts["saliency_step_seconds_bucket", ("forward", f"{bound:g}")] for bound in STEP_BOUNDS_S]
     assert held == [1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2, 3]
     assert counts["saliency_step_seconds_bucket", ("forward", "+Inf")] == 4
@@ -162,7 +163,7 @@ def test_worker_tells_the_frontend_what_it_did_with_a_mixed_batch(
         "EmptyRequest": 1,
     }
     assert sum(value for key, value in counted.items() if key[0] == "saliency_pictures_total") == 6
-    assert all(counted["saliency_step_seconds_count", step] == 1 for step in Step)
+    assert all(counted["saliency_step_seconds_count", step] == 1 for step in STEPS)
 
 
 def test_without_a_declaration_nothing_is_counted_and_all_is_served(
@@ -229,7 +230,7 @@ def test_idle_worker_does_not_wake_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_timing_changes_no_answer_and_tells_forward_from_backward(network: nn.Module, digit_batch: torch.Tensor) -> None:
     pixels = digit_batch[:4]
-    seen: dict[bool, dict[Step, float]] = {}
+    seen: dict[bool, dict[str, float]] = {}
     for explained in (True, False):
         targets: list[Any] = [(None, 3), (), (7,), ()] if explained else [()] * 4
         meter = Meter(10, None)
