@@ -2,12 +2,14 @@
 
     python -m scripts.explain tests/digits/7-0.png --target 7
 
-Prints one line a picture, and writes a PNG with each picture as the network saw it beside its saliency maps.
+A hardened server is asked with its token (`--key-file`), over https (`--ca-file`). Prints one line a picture, and writes a PNG
+with each picture as the network saw it beside its saliency maps.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +21,37 @@ from handler.decode import decode_image
 from handler.drawing import Layout, Row, Style, draw
 from handler.errors import InvalidOption
 from handler.methods import METHODS
+from scripts.credentials import CredentialsError, authorization, read_token
 from scripts.package import MODEL_NAME
 
 TIMEOUT_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a hardened server asks of its clients; nothing of it is needed in development.
+
+    Attributes:
+        token: sent as Authorization: Bearer ...
+        ca_file: certificates to trust, as PEM, instead of the system's.
+    """
+
+    token: str | None = field(default=None, repr=False)
+    ca_file: Path | None = None
 
 
 class ExplainError(RuntimeError):
     """There is no answer; the message says why, for a person."""
 
 
-def request_explanation(picture: Path, *, url: str, model: str, target: str, **options: str) -> dict[str, Any]:
+def request_explanation(
+    picture: Path, access: Access = Access(), /, *, url: str, model: str, target: str, **options: str
+) -> dict[str, Any]:
     """Send one picture to the explanations route.
 
     Args:
         picture: an image file.
+        access: the token and the certificates, where the server asks for them.
         url: address of the inference API, such as http://127.0.0.1:8080.
         model: the served model's name.
         target: as the API takes it: a class, "predicted", classes with commas, or "all".
@@ -45,9 +64,16 @@ def request_explanation(picture: Path, *, url: str, model: str, target: str, **o
     try:
         with picture.open("rb") as opened:
             form = {"target": target, **options}
-            reply = requests.post(f"{url}/explanations/{model}", files={"data": opened}, data=form, timeout=TIMEOUT_S)
+            reply = requests.post(
+                f"{url}/explanations/{model}",
+                files={"data": opened},
+                data=form,
+                headers=authorization(access.token),
+                verify=True if access.ca_file is None else str(access.ca_file),
+                timeout=TIMEOUT_S,
+            )
     except OSError as error:  # requests' errors are OSErrors, and so is a missing file
-        missing_server = isinstance(error, requests.ConnectionError)
+        missing_server = isinstance(error, requests.ConnectionError) and not isinstance(error, requests.exceptions.SSLError)
         raise ExplainError(f"no server answers at {url}; start one with: make serve" if missing_server else str(error)) from error
     if not reply.ok:
         raise ExplainError(f"{picture}: {reply.status_code}: {_error_message(reply)}")
@@ -97,6 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--method", default="gradient", choices=list(METHODS), help="how maps are made, with its own defaults")
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="the inference API")
     parser.add_argument("--model", default=MODEL_NAME, help="the served model's name")
+    parser.add_argument("--key-file", type=Path, help="the token: TorchServe's key_file.json, or a file that holds it alone")
+    parser.add_argument("--ca-file", type=Path, help="for https: certificates to trust, as PEM")
     parser.add_argument("--size", type=int, default=224, help="pixels of the longer side of one panel")
     parser.add_argument("--output", type=Path, default=Path("build/explanation.png"), help="the PNG")
     return parser
@@ -108,14 +136,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     url = arguments.url.rstrip("/")
     replies = []
     try:
+        access = Access(read_token(arguments.key_file) if arguments.key_file else None, arguments.ca_file)
         for picture in arguments.pictures:
-            reply = request_explanation(picture, url=url, model=arguments.model, target=arguments.target, method=arguments.method)
+            reply = request_explanation(
+                picture, access, url=url, model=arguments.model, target=arguments.target, method=arguments.method
+            )
             model = reply["model"]
             served = f"{url} ({model['name']} {model['version']}, weights {model['weights_sha256'][:12]})"
             print(f"{picture}: digit {reply['digit']}, probability {reply['probability']:.4f}, served by {served}")
             replies.append(reply)
         draw_explanations(arguments.pictures, replies, arguments.output, size=arguments.size)
-    except (ExplainError, InvalidOption) as error:
+    except (ExplainError, CredentialsError, InvalidOption) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {arguments.output}", file=sys.stderr)

@@ -44,6 +44,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from scripts.credentials import CredentialsError, authorization, read_token
 from scripts.load import QUANTILES, Call, Failure, Samples, Tick, build_call, run_closed, run_open
 
 if TYPE_CHECKING:
@@ -126,7 +127,6 @@ def build_calls(settings: Settings, token: str | None) -> list[Call]:
     Raises:
         LoadTestError: a picture cannot be read, or the token is none.
     """
-    authorization = {"Authorization": f"Bearer {token}"} if token else {}
     calls = []
     for picture in settings.pictures:
         try:
@@ -134,7 +134,7 @@ def build_calls(settings: Settings, token: str | None) -> list[Call]:
         except OSError as error:
             raise LoadTestError(f"{picture}: {error.strerror}") from error
         for name, weight in settings.mix.items():
-            headers = {"Content-Type": "application/octet-stream", **KINDS[name].headers, **authorization}
+            headers = {"Content-Type": "application/octet-stream", **KINDS[name].headers, **authorization(token)}
             path = f"/{KINDS[name].route}/{settings.model}"
             try:
                 calls += [build_call(name, settings.url, path, body, headers)] * weight
@@ -738,8 +738,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-connections", type=int, default=256, metavar="N", help="of the open loop; default: 256")
     parser.add_argument("--url", type=read_url, default="http://127.0.0.1:8080", help="default: %(default)s")
     parser.add_argument("--model", default=MODEL_NAME, help="the served model's name; default: %(default)s")
-    parser.add_argument("--token-file", type=Path, metavar="FILE", help="sent as Authorization: Bearer ...")
-    parser.add_argument("--ca", type=Path, metavar="FILE", help="for https: certificates to trust, as PEM")
+    parser.add_argument(
+        "--key-file", type=Path, metavar="FILE", help="the token: TorchServe's key_file.json, or a file that holds it alone"
+    )
+    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="for https: certificates to trust, as PEM")
     parser.add_argument("--insecure", action="store_true", help="for https: check no certificate")
     parser.add_argument(
         "--output",
@@ -770,7 +772,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
 def _tls_of(arguments: argparse.Namespace) -> ssl.SSLContext | None:
     if not arguments.url.startswith("https:"):
         return None
-    context = ssl.create_default_context(cafile=arguments.ca)
+    context = ssl.create_default_context(cafile=arguments.ca_file)
     if arguments.insecure:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -810,13 +812,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.report is None:
             settings = read_settings(arguments)
-            token = arguments.token_file.read_text().strip() if arguments.token_file else None
+            token = read_token(arguments.key_file) if arguments.key_file else None
             calls = build_calls(settings, token)
             print(", ".join(f"{name} {value}" for name, value in settings.describe().items()), file=sys.stderr)
             with _interruptible() as interrupted:
                 run_steps(settings, calls, raw_file, tls=_tls_of(arguments), interrupted=interrupted)
         report = write_report(raw_file)
-    except (LoadTestError, OSError) as error:
+    except (LoadTestError, CredentialsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"wrote {raw_file} and what was made of it, beside it", file=sys.stderr)

@@ -3,7 +3,8 @@
     python -m scripts.package
 
 The same tree gives the same bytes on every run and machine: entries are sorted, uncompressed, and carry no dates. The archive
-is then unpacked and loaded in a fresh process that sees nothing of the repo (`prove_archive.py`).
+is then unpacked and loaded in a fresh process that sees nothing of the repo (`prove_archive.py`). Its SHA-256 goes into a file
+beside it, which `serve.py` holds it against.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import generate_model_archive
@@ -75,7 +76,12 @@ def build_archive(output: Path, *, model_file: Path, weights_file: Path, model_c
     return write_archive(output, entries)
 
 
-def read_archive(archive: Path) -> Entries:
+def checksum_file_of(archive: Path) -> Path:
+    """Where an archive's SHA-256 stands: beside it, as `sha256sum` writes it."""
+    return archive.with_name(f"{archive.name}.sha256")
+
+
+def read_archive(archive: Path | BinaryIO) -> Entries:
     """Read all files of an archive."""
     with zipfile.ZipFile(archive) as opened:
         return {name: opened.read(name) for name in opened.namelist()}
@@ -147,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.package",
-        description="Build build/digits.mar, print its SHA-256, and prove that it loads.",
+        description="Build build/digits.mar, prove that it loads, and write its SHA-256 into build/digits.mar.sha256.",
         epilog="example: %(prog)s --model-config serve_config/model-config-gpu.yaml --output build/gpu/digits.mar",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -173,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
+    checksum_file_of(arguments.output).write_text(f"{checksum}  {arguments.output.name}\n")
     print(f"{checksum}  {arguments.output}")
     print(f"loads in a fresh process: {json.dumps(report)}", file=sys.stderr)
     return 0

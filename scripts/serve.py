@@ -3,13 +3,16 @@
     python -m scripts.serve
 
 Adds to `torchserve --start` what a person expects of a server: it finds or brings a Java, says when the workers can really
-answer, says what is wrong where they cannot, and leaves no process and no temp file behind.
+answer, says what is wrong where they cannot, and leaves no process and no temp file behind. With `--hardened` it serves for
+others: TLS, tokens, a checked archive, least privileges (see .github/SECURITY.md).
 """
 
 import argparse
 import contextlib
+import io
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -30,6 +33,16 @@ import psutil
 import requests
 import yaml
 
+from scripts.credentials import CredentialsError, authorization, read_token
+from scripts.hardened import (
+    Hardening,
+    HardeningError,
+    prepare_key_dir,
+    require_least_privileges,
+    require_own_certificate,
+    require_usable_certificate,
+    verify_checksum,
+)
 from scripts.package import MODEL_NAME, ROOT, read_archive, write_archive
 
 SERVE_CONFIG = ROOT / "serve_config"
@@ -78,6 +91,8 @@ class Settings:
         model_config: keys of model-config.yaml that replace the file's own.
         configuration: TorchServe's config.properties.
         log_configuration: its log4j2.xml.
+        archive_sha256: what the archive's must be; None for what the file beside the archive says, where there is one.
+        hardening: what a server that others can reach needs; None in development.
     """
 
     archive: Path = ROOT / "build" / f"{MODEL_NAME}.mar"
@@ -87,6 +102,8 @@ class Settings:
     model_config: Mapping[str, Any] = field(default_factory=dict)
     configuration: Path = SERVE_CONFIG / "config.properties"
     log_configuration: Path = SERVE_CONFIG / "log4j2.xml"
+    archive_sha256: str | None = None
+    hardening: Hardening | None = None
 
 
 class TorchServe:
@@ -99,7 +116,8 @@ class TorchServe:
     def __init__(self, settings: Settings, interrupted: threading.Event | None = None) -> None:
         self.settings = settings
         self.model_name = settings.archive.stem
-        self.address = f"http://127.0.0.1:{settings.ports.inference}"
+        hardening, port = settings.hardening, settings.ports.inference
+        self.address = f"https://{hardening.local_host}:{port}" if hardening else f"http://127.0.0.1:{port}"
         self.management_address = f"http://127.0.0.1:{settings.ports.management}"
         self.worker_count = 0
         self._interrupted = interrupted or threading.Event()
@@ -140,20 +158,37 @@ class TorchServe:
             self._end_processes(self._launcher)
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
+        if self._launcher is not None and self.settings.hardening is not None:
+            self.settings.hardening.key_file.unlink(missing_ok=True)
 
     def _start(self) -> None:
         settings = self.settings
+        hardening = settings.hardening
         if not settings.archive.is_file():
             raise ServeError(f"there is no archive {settings.archive}; build it with: python -m scripts.package")
-        _require_free(settings.ports)
+        try:
+            archive = settings.archive.read_bytes()
+            verify_checksum(archive, settings.archive, settings.archive_sha256, required=hardening is not None)
+            if hardening is not None:
+                if not hardening.allow_privileged_user:
+                    require_least_privileges()
+                if "disable_token_authorization=false" not in settings.configuration.read_text().splitlines():
+                    raise HardeningError(f"{settings.configuration} asks for no token; config-hardened.properties does")
+                require_usable_certificate(hardening.certificate, hardening.private_key)
+            _require_free(settings.ports, hardening.inference_host if hardening else "127.0.0.1")
+            if hardening is not None:
+                prepare_key_dir(hardening.key_dir)
+        except HardeningError as error:
+            raise ServeError(str(error)) from error
         self._folder = Path(tempfile.mkdtemp(prefix="serve-"))  # short: Unix sockets in it have at most 107 characters
         for name in ("store", "tmp"):
             (self._folder / name).mkdir()
-        self.worker_count = _configure_archive(settings, self._folder / "store")
+        self.worker_count = _configure_archive(settings, archive, self._folder / "store")
         configuration = self._folder / "config.properties"
-        configuration.write_text(_find_metrics(_configure_ports(settings.configuration.read_text(), settings.ports)))
-        shutil.rmtree(settings.log_dir, ignore_errors=True)
-        settings.log_dir.mkdir(parents=True)
+        configuration.write_text(_configure(settings, Path(shutil.copy(SERVE_CONFIG / "logging.properties", self._folder))))
+        _prepare_log_dir(settings)
+        if hardening is not None:
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold requests and keys
         with (settings.log_dir / "console.log").open("wb") as console:
             self._launcher = subprocess.Popen(
                 [
@@ -163,8 +198,9 @@ class TorchServe:
                     *("--ts-config", str(configuration)),
                     *("--log-config", str(settings.log_configuration.resolve())),
                 ],
-                cwd=self._folder,
+                cwd=hardening.key_dir if hardening else self._folder,
                 env=_environment(self._folder / "tmp", settings.log_dir),
+                umask=0o077 if hardening else -1,
                 stdin=subprocess.DEVNULL,
                 stdout=console,
                 stderr=subprocess.STDOUT,
@@ -182,12 +218,20 @@ class TorchServe:
                 raise ServeError(f"a worker cannot load the archive:\n{self.log_tail()}")
             if time.monotonic() > deadline:
                 raise ServeError(f"the workers were not ready after {READY_TIMEOUT_S} s:\n{self.log_tail()}")
+        if self.settings.hardening is not None:
+            try:
+                require_own_certificate(self.settings.hardening, self.settings.ports.inference)
+            except HardeningError as error:
+                raise ServeError(str(error)) from error
 
     def _ready_worker_count(self) -> int:
+        hardening = self.settings.hardening
         try:
-            reply = requests.get(f"{self.management_address}/models/{self.model_name}", timeout=5)
+            token = read_token(hardening.key_file, "management") if hardening else None
+            url = f"{self.management_address}/models/{self.model_name}"
+            reply = requests.get(url, headers=authorization(token), timeout=5)
             reply.raise_for_status()
-        except requests.RequestException:
+        except (requests.RequestException, CredentialsError):  # not there yet
             return 0
         return sum(worker["status"] == "READY" for worker in reply.json()[0]["workers"])
 
@@ -212,24 +256,34 @@ def _belongs_to(process: psutil.Process, group: int) -> bool:
         return False
 
 
-def _require_free(ports: Ports) -> None:
+def _require_free(ports: Ports, inference_host: str) -> None:
     for name, port in ((name, getattr(ports, name)) for name in Ports.__dataclass_fields__):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            host = inference_host if name == "inference" else "127.0.0.1"
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind((host, port))
             except OSError as error:
                 option = f"--{name.replace('_', '-')}-port"
-                raise ServeError(f"port {port} is taken; choose another with {option} ({error.strerror})") from error
+                raise ServeError(f"port {port} is taken; choose another with {option} ({host}: {error.strerror})") from error
 
 
-def _configure_archive(settings: Settings, store: Path) -> int:
+def _prepare_log_dir(settings: Settings) -> None:
+    """Empty the folder of the logs; a hardened server keeps what it has of its former runs, and is alone in reading it."""
+    if settings.hardening is None:
+        shutil.rmtree(settings.log_dir, ignore_errors=True)
+    settings.log_dir.mkdir(parents=True, exist_ok=True)
+    if settings.hardening is not None:
+        settings.log_dir.chmod(0o700)
+
+
+def _configure_archive(settings: Settings, archive: bytes, store: Path) -> int:
     """Put the archive into the model store, with the model-config.yaml of its device and the settings' changes to it.
 
     Returns:
         how many workers it asks for.
     """
-    entries = read_archive(settings.archive)
+    entries = read_archive(io.BytesIO(archive))
     if settings.device == "gpu" or (settings.device == "auto" and _gpu_is_there()):
         config = yaml.safe_load((SERVE_CONFIG / "model-config-gpu.yaml").read_text())
     else:
@@ -246,18 +300,37 @@ def _gpu_is_there() -> bool:
     return torch.cuda.is_available()
 
 
-def _configure_ports(properties: str, ports: Ports) -> str:
-    """Replace the ports in the text of config.properties."""
-    for name in ("inference", "management", "metrics"):
-        properties = re.sub(rf"(?m)^({name}_address=.*:)\d+$", rf"\g<1>{getattr(ports, name)}", properties)
-    for name in ("grpc_inference", "grpc_management"):
-        properties = re.sub(rf"(?m)^({name}_port=)\d+$", rf"\g<1>{getattr(ports, name)}", properties)
+def _configure(settings: Settings, java_logging: Path) -> str:
+    """The text of config.properties with this server's addresses, Java's logging and, where it is hardened, its certificate."""
+    ports, hardening = settings.ports, settings.hardening
+    changes = {
+        "inference_address": f"http://127.0.0.1:{ports.inference}",
+        "management_address": f"http://127.0.0.1:{ports.management}",
+        "metrics_address": f"http://127.0.0.1:{ports.metrics}",
+        "grpc_inference_port": str(ports.grpc_inference),
+        "grpc_management_port": str(ports.grpc_management),
+    }
+    if hardening is not None:
+        changes |= {
+            "inference_address": f"https://{hardening.inference_host}:{ports.inference}",
+            "certificate_file": str(hardening.certificate.resolve()),
+            "private_key_file": str(hardening.private_key.resolve()),
+        }
+    properties = settings.configuration.read_text()
+    vmargs = re.search(r"(?m)^vmargs=(.*)$", properties)
+    changes["vmargs"] = f"{vmargs[1] if vmargs else ''} -Djava.util.logging.config.file={java_logging}".strip()
+    metrics_config = re.search(r"(?m)^metrics_config=(.*)$", properties)
+    if metrics_config is not None:
+        changes["metrics_config"] = str(ROOT / metrics_config[1])  # TorchServe does not run in the root
+    for name, value in changes.items():
+        properties = write_property(properties, name, value)
     return properties
 
 
-def _find_metrics(properties: str) -> str:
-    """Make the path of metrics.yaml in the text of config.properties hold wherever TorchServe runs."""
-    return re.sub(r"(?m)^(metrics_config=)(?!/)", rf"\g<1>{ROOT}/", properties)
+def write_property(properties: str, name: str, value: str) -> str:
+    """Replace the line of a key in the text of config.properties, or add it."""
+    kept = [line for line in properties.splitlines() if not line.startswith(f"{name}=")]
+    return "\n".join([*kept, f"{name}={value}", ""])
 
 
 def _environment(temp_dir: Path, log_dir: Path) -> dict[str, str]:
@@ -300,7 +373,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.serve",
         description="Serve an archive with TorchServe in the foreground, until Ctrl-C.",
-        epilog="example: %(prog)s --inference-port 9080 --management-port 9081 --metrics-port 9082 --workers 1",
+        epilog="example: %(prog)s --workers 4 --hardened --certificate certificate.pem --private-key private-key.pem",
     )
     defaults = Settings()
     parser.add_argument("--archive", type=Path, default=defaults.archive, help="default: build/digits.mar")
@@ -322,11 +395,52 @@ def build_parser() -> argparse.ArgumentParser:
         help="log4j's; serve_config/log4j2-json.xml writes JSON; default: serve_config/log4j2.xml",
     )
     parser.add_argument("--log-dir", type=Path, default=defaults.log_dir, help="emptied at the start; default: build/logs")
+    parser.add_argument("--archive-sha256", metavar="HEX", help="what the archive's must be; default: what ARCHIVE.sha256 says")
+    hardened = parser.add_argument_group("for others to reach", "needs --hardened, --certificate and --private-key")
+    hardened.add_argument(
+        "--hardened", action="store_true", help="TLS, tokens, a checked archive, least privileges; logs are kept"
+    )
+    hardened.add_argument("--certificate", type=Path, metavar="PEM", help="and what leads from it to a trusted one")
+    hardened.add_argument("--private-key", type=Path, metavar="PEM", help="of the certificate: RSA, not encrypted")
+    hardened.add_argument(
+        "--inference-host", metavar="IPV4", help="where requests are taken; all else stays on loopback; default: 127.0.0.1"
+    )
+    hardened.add_argument("--key-dir", type=Path, help="of the server's own, for its tokens; default: build/keys")
+    hardened.add_argument(
+        "--allow-privileged-user", action="store_true", help="even as root, or as a user who can change the code"
+    )
     return parser
 
 
+def read_hardening(arguments: argparse.Namespace) -> Hardening | None:
+    """Turn the command line into what a hardened server needs.
+
+    Raises:
+        ServeError: it says half of it.
+    """
+    given = {
+        name: getattr(arguments, name)
+        for name in ("certificate", "private_key", "inference_host", "key_dir", "allow_privileged_user")
+        if getattr(arguments, name)
+    }
+    if not arguments.hardened:
+        if given:
+            raise ServeError(f"--{next(iter(given)).replace('_', '-')} needs --hardened")
+        return None
+    if not {"certificate", "private_key"} <= given.keys():
+        raise ServeError("--hardened needs --certificate and --private-key")
+    if ":" in given.get("inference_host", "") or "/" in given.get("inference_host", ""):
+        raise ServeError(f"--inference-host is an IPv4 address or a name without a port, not {given['inference_host']!r}")
+    return Hardening(**given)
+
+
 def read_settings(arguments: argparse.Namespace) -> Settings:
-    """Turn the command line into settings."""
+    """Turn the command line into settings.
+
+    Raises:
+        ServeError: it says half of what a hardened server needs.
+    """
+    hardening = read_hardening(arguments)
     model_config = {
         "minWorkers": arguments.workers,
         "maxWorkers": arguments.workers,
@@ -340,22 +454,40 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         log_dir=arguments.log_dir,
         log_configuration=arguments.log_config,
         model_config={key: value for key, value in model_config.items() if value is not None},
+        configuration=SERVE_CONFIG / ("config.properties" if hardening is None else "config-hardened.properties"),
+        archive_sha256=arguments.archive_sha256,
+        hardening=hardening,
+    )
+
+
+def what_to_try(server: TorchServe) -> str:
+    """Commands for a person to see it work. They name the files of tokens and certificates, and hold no secret."""
+    picture = shlex.quote(os.path.relpath(SAMPLE_PICTURE))
+    hardening = server.settings.hardening
+    if hardening is None:
+        return (
+            f"  curl -T {picture} {server.address}/predictions/{server.model_name}\n"
+            f"  curl -F data=@{picture} -F target=7 {server.address}/explanations/{server.model_name}"
+        )
+    files = f"--key-file {shlex.quote(str(hardening.key_file))} --ca-file {shlex.quote(str(hardening.certificate))}"
+    return (
+        f"  python -m scripts.explain {picture} {files} --url {server.address}\n\n"
+        "by the name that your certificate has, and with the certificate that it was signed with."
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal. Returns the exit code: 0 after a signal, 1 where the server did not start or ended by itself."""
-    settings = read_settings(build_parser().parse_args(argv))
+    arguments = build_parser().parse_args(argv)
     interrupted = threading.Event()
     for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signal_number, lambda *_: interrupted.set())
-    print(f"starting TorchServe, logs in {settings.log_dir} ...", file=sys.stderr)
     try:
+        settings = read_settings(arguments)
+        print(f"starting TorchServe, logs in {settings.log_dir} ...", file=sys.stderr)
         with TorchServe(settings, interrupted) as server:
-            picture = shlex.quote(os.path.relpath(SAMPLE_PICTURE))
             print(f"{server.worker_count} workers ready at {server.address} (Ctrl-C ends them). Try:\n")
-            print(f"  curl -T {picture} {server.address}/predictions/{server.model_name}")
-            print(f"  curl -F data=@{picture} -F target=7 {server.address}/explanations/{server.model_name}\n", flush=True)
+            print(f"{what_to_try(server)}\n", flush=True)
             while not interrupted.wait(1):
                 if server.has_ended():
                     print(f"TorchServe ended by itself:\n{server.log_tail()}", file=sys.stderr)

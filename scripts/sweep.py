@@ -28,7 +28,7 @@ from scripts.benchmark import BUSY_CONNECTIONS, LONE_CONNECTION, Spread
 from scripts.load_test import read_positive
 from scripts.measure_load import Load, describe_conditions, explanation_calls, measure_load, read_count
 from scripts.package import MODEL_NAME, ROOT
-from scripts.serve import SERVE_CONFIG, Ports, ServeError, Settings, TorchServe
+from scripts.serve import SERVE_CONFIG, Ports, ServeError, Settings, TorchServe, write_property
 
 NOTHING = "nothing"  # the setting of the first row
 WARM_UP_CONNECTIONS = 16
@@ -124,12 +124,6 @@ def read_property(properties: str, name: str) -> str:
     """The value of a key in the text of config.properties, or its default there."""
     found = re.search(rf"(?m)^{re.escape(name)}=(.*)$", properties)
     return found[1].strip() if found else PROPERTY_DEFAULTS[name]
-
-
-def write_property(properties: str, name: str, value: str) -> str:
-    """Replace the line of a key in the text of config.properties, or add it."""
-    kept = [line for line in properties.splitlines() if not line.startswith(f"{name}=")]
-    return "\n".join([*kept, f"{name}={value}", ""])
 
 
 def list_changes(settings: Sequence[str]) -> list[Change]:

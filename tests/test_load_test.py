@@ -9,7 +9,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import socket
 import socketserver
@@ -42,6 +41,7 @@ from scripts.load import (
 from scripts.load_test import StepSummary, find_knee, find_warnings, is_right_form, read_mix, summarise
 from scripts.package import MODEL_NAME, ROOT
 from tests.conftest import DIGIT_FILES
+from tests.tls import make_certificate
 
 STALL_S = 1.0
 TOKEN = "kept-to-itself-4711"
@@ -471,7 +471,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
     with serving(answer) as address:
         command = [sys.executable, "-m", "scripts.load_test", "--url", address, "--rates", "50,100", "--duration", "0.5"]
-        command += ["--warm-up", "0.1", "--mix", "predict=3,explain=1,explain-png=0", "--token-file", str(folder / "token")]
+        command += ["--warm-up", "0.1", "--mix", "predict=3,explain=1,explain-png=0", "--key-file", str(folder / "token")]
         command += ["--output", str(folder / "out" / "test.1")]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     files = {file.name: file.read_bytes() for file in (folder / "out").iterdir()}
@@ -604,19 +604,13 @@ def test_a_test_that_ended_in_its_warm_up_has_nothing_to_report(tmp_path: Path, 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A certificate for 127.0.0.1, signed by itself, and its key."""
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl makes the certificate")
-    folder = tmp_path_factory.mktemp("tls")
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=test"
-    command += f" -addext subjectAltName=IP:127.0.0.1 -keyout {folder / 'key'} -out {folder / 'certificate'}"
-    subprocess.run(command.split(), check=True, capture_output=True)
-    return folder / "certificate", folder / "key"
+    return make_certificate(tmp_path_factory.mktemp("tls"), "IP:127.0.0.1")
 
 
 @pytest.mark.usefixtures("no_matplotlib")
 @pytest.mark.parametrize(
     ("options", "error_kinds"),
-    [(["--ca", "CERTIFICATE"], []), (["--insecure"], []), ([], ["tls"])],
+    [(["--ca-file", "CERTIFICATE"], []), (["--insecure"], []), ([], ["tls"])],
     ids=["trusted", "unchecked", "unknown"],
 )
 def test_https(certificate: tuple[Path, Path], options: list[str], error_kinds: list[str], tmp_path: Path) -> None:
@@ -660,7 +654,7 @@ def test_wrong_usage_ends_with_2(arguments: list[str], message: str, capsys: pyt
     ("arguments", "message"),
     [
         (["--pictures", "missing.png"], "missing.png: No such file"),
-        (["--token-file", "missing"], "No such file"),
+        (["--key-file", "missing"], "No such file"),
         (["--report", "missing.npz"], "holds no samples of a load test"),
         (["--report", str(DIGIT_FILES[0])], "holds no samples of a load test"),
         (["--url", "http://no-such-host.invalid"], "error: "),

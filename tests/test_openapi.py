@@ -22,7 +22,6 @@ DESCRIPTION = describe_service({"name": "digits", "version": "1.0", "weights_sha
 README = (ROOT / "README.md").read_text()
 README_API = README.partition("\n## API\n")[2].partition("\n## What the numbers mean")[0]
 HEADERS = {parameter["name"]: parameter for parameter in DOCUMENT["components"]["parameters"].values()}
-OPTION_HEADERS = [name for name in HEADERS if name.lower().startswith(HEADER_PREFIX)]
 REPLY_HEADERS = resolve(DOCUMENT["components"]["responses"]["Answer"])["headers"]
 
 
@@ -76,7 +75,7 @@ def test_version_is_the_project_s() -> None:
 def test_every_option_is_a_field_and_a_header() -> None:
     assert list(schema_named("Options")["properties"]) == list(OPTION_PARSERS)
     assert list(schema_named("Form")["properties"]) == [*PICTURE_FIELDS, *OPTION_PARSERS]
-    assert [name.lower() for name in OPTION_HEADERS] == [HEADER_PREFIX + name.replace("_", "-") for name in OPTION_PARSERS]
+    assert [name.lower() for name in HEADERS] == [HEADER_PREFIX + name.replace("_", "-") for name in OPTION_PARSERS]
     for path in DOCUMENT["paths"].values():
         if "post" in path:
             assert [resolve(parameter) for parameter in path["parameters"]] == list(HEADERS.values())
@@ -251,7 +250,7 @@ def test_readme_has_the_same_options_and_headers() -> None:
         options |= set(re.findall(r"^`([a-z_]+)`", field))
         headers |= set(re.findall(r"^`(X-Saliency-[A-Za-z-]+)", header))
     assert options == set(OPTION_PARSERS)
-    assert headers == set(OPTION_HEADERS)
+    assert headers == set(HEADERS)
     assert set(re.findall(r"`(X-[A-Z][A-Za-z-]+)", README_API)) == set(HEADERS) | set(REPLY_HEADERS)
 
 

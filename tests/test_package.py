@@ -21,6 +21,7 @@ def test_same_tree_gives_the_same_bytes(archive: Path, tmp_path: Path, capsys: p
     finished = subprocess.run(["sha256sum", again], capture_output=True, text=True, check=True)
     assert finished.stdout.split()[0] == printed
     assert name == str(again)
+    subprocess.run(["sha256sum", "--check", "--strict", "digits.mar.sha256"], cwd=again.parent, check=True, capture_output=True)
 
 
 def test_archive_is_listed_in_its_own_checksums(unpack: Callable[[], Path]) -> None:

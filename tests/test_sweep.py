@@ -10,7 +10,7 @@ import yaml
 
 from scripts.load_test import read_positive
 from scripts.measure_load import Load
-from scripts.serve import SERVE_CONFIG, Settings
+from scripts.serve import SERVE_CONFIG, Settings, write_property
 from scripts.sweep import (
     NOTHING,
     VALUES,
@@ -22,7 +22,6 @@ from scripts.sweep import (
     read_names,
     read_property,
     render_table,
-    write_property,
 )
 
 BASE = Settings(device="cpu")

@@ -359,7 +359,7 @@ def test_restarted_worker_is_counted_and_every_log_line_is_json(json_server: Tor
         records[name] = [json.loads(line) for line in lines]
         assert all(record.keys() == {"time", "level", "thread", "logger", "message", "exception"} for record in records[name])
     assert any(record["message"].startswith("correlation_id=in-json ") for record in records["model_log.log"])
-    assert any('"PUT /predictions/digits HTTP/1.1" 200' in record["message"] for record in records["access_log.log"])
+    assert any('"PUT /predictions" 200' in record["message"] for record in records["access_log.log"])
     assert any("\n\tat " in record["exception"] for record in records["ts_log.log"])
     # TorchServe itself prints a little on the console, past log4j.
     console = (json_server.settings.log_dir / "console.log").read_text().splitlines()
@@ -370,7 +370,7 @@ def test_json_logs_differ_in_the_form_of_lines_alone() -> None:
     plain, as_json = ((SERVE_CONFIG / name).read_text() for name in ("log4j2.xml", "log4j2-json.xml"))
 
     def layout_left_out(text: str) -> list[str]:
-        text = re.sub(r"(?s)<!--.*?-->|<Properties>.*?</Properties>|<PatternLayout[^>]*/>", "", text)
+        text = re.sub(r"(?s)<!--.*?-->|<Properties>.*?</Properties>|<PatternLayout.*?/>", "", text)
         return [line.strip() for line in text.splitlines() if line.strip()]
 
     assert layout_left_out(plain) == layout_left_out(as_json)
