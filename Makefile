@@ -4,12 +4,13 @@ DATA_DIR ?= build/data
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+LOCKS := requirements-dev.txt requirements-peers.txt requirements-fuzz.txt requirements-audit.txt
 SOURCES := $(wildcard handler/*.py model/network.py) model/weights.safetensors serve_config/model-config.yaml \
            scripts/package.py scripts/derive.py scripts/prove_archive.py
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format package accuracy evaluate load benchmark sweep scale gpu fuzz train digits picture \
-        classes localise lock clean
+.PHONY: help setup serve test lint format package accuracy evaluate load soak benchmark sweep scale gpu fuzz train digits picture \
+        classes localise lock audit sbom clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -43,6 +44,9 @@ evaluate: .venv/.installed-dev ## measure the maps beside controls; fails where 
 load: .venv/.installed-dev ## put a running server under load and report; ARGS="--rates 100,200,400 ..." (--help shows all)
 	$(BIN)/python -m scripts.load_test $(ARGS)
 
+soak: .venv/.installed-dev build/digits.mar ## half an hour of mixed traffic: does the server stay as it was? ARGS="--minutes 1 --warm-up 15"
+	$(BIN)/python -m scripts.soak $(ARGS)
+
 benchmark: .venv/.installed-peers ## measure this service beside its peers (a quarter of an hour); ARGS="--rounds 3 --systems noop,mosec"
 	$(BIN)/python -m scripts.benchmark_step
 	$(BIN)/python -m scripts.benchmark $(ARGS)
@@ -56,8 +60,7 @@ sweep: .venv/.installed-dev build/digits.mar ## measure what each setting of the
 scale: .venv/.installed-dev build/digits.mar ## measure how cost grows, and draw .github/scaling.png; ARGS="--rounds 3"
 	$(BIN)/python -m scripts.scale $(ARGS)
 
-fuzz: .venv/.installed-dev ## fuzz the path of a request for ten minutes, guided by coverage; ARGS="--seconds 60"
-	$(PIP) install atheris==3.0.0
+fuzz: .venv/.installed-fuzz ## fuzz the path of a request for ten minutes, guided by coverage; ARGS="--seconds 60"
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
 train: .venv/.installed ## train the network again (about six minutes on two cores); DATA_DIR=...
@@ -85,6 +88,15 @@ lock: .venv/.installed-dev ## resolve pyproject.toml into requirements*.txt, wit
 		--quiet --upgrade -o requirements-dev.txt
 	$(BIN)/uv pip compile --group peers --constraint requirements-dev.txt --universal --generate-hashes --no-header \
 		--quiet --upgrade -o requirements-peers.txt
+	$(BIN)/uv pip compile --group fuzz --universal --generate-hashes --no-header --quiet --upgrade -o requirements-fuzz.txt
+	$(BIN)/uv pip compile --group audit --constraint requirements-dev.txt --constraint requirements-peers.txt --universal \
+		--generate-hashes --no-header --quiet --upgrade -o requirements-audit.txt
+
+audit: build/audit/.installed ## look all locked packages up among known vulnerabilities; needs a network; ARGS="-s osv"
+	build/audit/bin/pip-audit --strict --require-hashes --disable-pip --progress-spinner off $(LOCKS:%=-r %) $(ARGS)
+
+sbom: build/audit/.installed ## list what serving and training install, as CycloneDX, in build/sbom.json
+	build/audit/bin/cyclonedx-py requirements requirements.txt --pyproject pyproject.toml --output-reproducible -o build/sbom.json
 
 clean: ## remove what was built, except .venv
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache
@@ -105,4 +117,13 @@ build/digits.mar: .venv/.installed $(SOURCES)
 
 .venv/.installed-peers: .venv/.installed-dev requirements-peers.txt
 	$(PIP) install --require-hashes -r requirements-peers.txt
+	@touch $@
+
+.venv/.installed-fuzz: .venv/.installed-dev requirements-fuzz.txt
+	$(PIP) install --require-hashes -r requirements-fuzz.txt
+	@touch $@
+
+build/audit/.installed: requirements-audit.txt # a venv of its own: what is looked up need not be installed
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r requirements-audit.txt
 	@touch $@

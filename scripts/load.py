@@ -223,6 +223,7 @@ def build_call(name: str, address: str, path: str, body: bytes, headers: Mapping
 
 
 Tick = Callable[[float, int], bool]  # called with the time and the number of requests that ended; False ends the run
+Inspect = Callable[[int, int, bytes], bool]  # called with call, status and body of each reply; False makes it of the wrong form
 
 
 def run_closed(
@@ -235,6 +236,7 @@ def run_closed(
     timeout_s: float = TIMEOUT_S,
     tls: ssl.SSLContext | None = None,
     tick: Tick | None = None,
+    inspect: Inspect | None = None,
 ) -> Samples:
     """Keep a number of connections busy; a request is due when the reply before it has come.
 
@@ -244,10 +246,11 @@ def run_closed(
         timeout_s: how long after its schedule a request without reply is given up.
         tls: for an https address.
         tick: called some twenty times a second.
+        inspect: called for every reply, whatever its status, after its time was taken.
     Raises:
         OSError: the address has no host of that name.
     """
-    run = _Run(address, calls, duration_s, warm_up_s, timeout_s, tls, max_connections=connections, closed=True)
+    run = _Run(address, calls, duration_s, warm_up_s, timeout_s, tls, inspect, max_connections=connections, closed=True)
     return run.run([-warm_up_s] * connections, None, tick)
 
 
@@ -262,6 +265,7 @@ def run_open(
     timeout_s: float = TIMEOUT_S,
     tls: ssl.SSLContext | None = None,
     tick: Tick | None = None,
+    inspect: Inspect | None = None,
 ) -> Samples:
     """Send requests at a steady rate, whatever the server does.
 
@@ -273,7 +277,7 @@ def run_open(
     Raises:
         OSError: the address has no host of that name.
     """
-    run = _Run(address, calls, duration_s, warm_up_s, timeout_s, tls, max_connections=max_connections, closed=False)
+    run = _Run(address, calls, duration_s, warm_up_s, timeout_s, tls, inspect, max_connections=max_connections, closed=False)
     count = round((warm_up_s + duration_s) * rate)
     return run.run((np.arange(count) / rate - warm_up_s).tolist(), rate, tick)
 
@@ -434,6 +438,7 @@ class _Run:
         warm_up_s: float,
         timeout_s: float,
         tls: ssl.SSLContext | None,
+        inspect: Inspect | None,
         *,
         max_connections: int,
         closed: bool,
@@ -448,6 +453,7 @@ class _Run:
         self._calls = calls
         self._turn = itertools.cycle(range(len(calls)))
         self._duration_s, self._warm_up_s, self._timeout_s = duration_s, warm_up_s, timeout_s
+        self._inspect = inspect
         self._max_connections = max_connections
         self._closed = closed
         self._selector = selectors.DefaultSelector()
@@ -627,6 +633,8 @@ class _Run:
         if call not in self._first_replies and 200 <= reader.status < 300 and connection.scheduled_s >= 0:
             self._first_replies[call] = FirstReply(len(self._columns["call"]), reader.head, reader.body)
         self._note(connection, reader.status, Failure.NONE)
+        if self._inspect is not None and not self._inspect(call, reader.status, reader.body):
+            self._columns["failure"][-1] = Failure.WRONG_FORM
         if reader.keeps_alive and connection.unsent is None:
             connection.call = -1
             reader.start()

@@ -49,6 +49,7 @@ from scripts.load import QUANTILES, Call, Failure, Samples, Tick, build_call, ru
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_NAME = "digits"  # as in scripts.package, which imports torch: seconds, and threads beside the one that measures
@@ -529,14 +530,16 @@ def render_page(report: Report, plots: str) -> str:
     concluded = "".join(
         f"<p{' class=warning' if line.startswith('warning') else ''}>{html.escape(line)}" for line in _conclude(report)
     )
-    return PAGE.format(described=described, concluded=concluded, plots=plots, heads=heads, rows=rows, machine=machine)
+    return PAGE.format(
+        title="Load test", described=described, concluded=concluded, plots=plots, heads=heads, rows=rows, machine=machine
+    )
 
 
 PAGE = """<!DOCTYPE html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
-<title>Load test</title>
+<title>{title}</title>
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem;
   color: #222; background: #fff }}
@@ -551,7 +554,7 @@ td:first-child, th:first-child {{ text-align: left }}
 .machine td {{ text-align: left }}
 svg {{ max-width: 100%; height: auto }}
 </style>
-<h1>Load test</h1>
+<h1>{title}</h1>
 {described}
 <div class="wide"><table><tr>{heads}{rows}</table></div>
 {concluded}
@@ -595,8 +598,13 @@ def draw_plots(run: Run, report: Report) -> str:
                 axes.set_yscale("log")
         for axes in (rates, quantiles, distribution, timeline):
             axes.grid(visible=True, which="major", alpha=0.3)
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", metadata={"Date": None})
+        return svg_of(figure)
+
+
+def svg_of(figure: "Figure") -> str:
+    """A figure as an SVG element, to stand in a page."""
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None})
     svg = drawn.getvalue()
     return svg[svg.index("<svg") :]
 
@@ -780,7 +788,7 @@ def _tls_of(arguments: argparse.Namespace) -> ssl.SSLContext | None:
 
 
 @contextlib.contextmanager
-def _interruptible() -> Iterator[threading.Event]:
+def interruptible() -> Iterator[threading.Event]:
     """Let the first Ctrl-C (or SIGTERM) set the event; the next one ends the program as ever."""
     interrupted = threading.Event()
     numbers = (signal.SIGINT, signal.SIGTERM)
@@ -815,7 +823,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             token = read_token(arguments.key_file) if arguments.key_file else None
             calls = build_calls(settings, token)
             print(", ".join(f"{name} {value}" for name, value in settings.describe().items()), file=sys.stderr)
-            with _interruptible() as interrupted:
+            with interruptible() as interrupted:
                 run_steps(settings, calls, raw_file, tls=_tls_of(arguments), interrupted=interrupted)
         report = write_report(raw_file)
     except (LoadTestError, CredentialsError, OSError) as error:

@@ -186,6 +186,24 @@ def test_closed_loop_shows_a_stall_in_one_request_a_connection() -> None:
     assert len(latencies_ms) > 20
 
 
+@pytest.mark.parametrize("loop", ["open", "closed"])
+def test_every_reply_is_inspected_and_a_refused_one_is_a_failure(loop: str) -> None:
+    seen: list[tuple[int, int, bytes]] = []
+
+    def inspect(call: int, status: int, body: bytes) -> bool:
+        seen.append((call, status, body))
+        return len(seen) != 3
+
+    with serving(answer_well) as address:
+        if loop == "open":
+            samples = run_open(address, call_to(address), rate=100, duration_s=0.1, inspect=inspect)
+        else:
+            samples = run_closed(address, call_to(address), connections=1, duration_s=0.1, inspect=inspect)
+    assert set(seen) == {(0, 200, b'{"digit": 7}')}
+    assert len(seen) == len(samples.records) > 3
+    assert np.flatnonzero(samples.failure == Failure.WRONG_FORM).tolist() == [2]
+
+
 def test_more_is_offered_than_a_slow_server_serves() -> None:
     def answer(connection: Connection, got: Got) -> None:
         time.sleep(0.005)

@@ -272,11 +272,6 @@ def test_error_costs_its_neighbours_nothing(
     assert worker_pids() == workers
 
 
-def test_body_over_the_limit_is_413(server: TorchServe) -> None:
-    reply = ask(server, predict(data=bytes(34_000_000), headers={"Content-Type": "image/png"}))
-    assert reply.status_code == 413
-
-
 def test_registering_a_model_over_http_is_off(server: TorchServe) -> None:
     reply = requests.post(f"{server.management_address}/models?url=https://example.invalid/x.mar", timeout=TIMEOUT_S)
     assert reply.status_code == 405

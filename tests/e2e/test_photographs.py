@@ -143,11 +143,3 @@ def test_drawing_over_the_clients_own_picture(server: TorchServe) -> None:
         corner = np.asarray(drawn)[5, 5].astype(int)
     assert np.ptp(corner) <= 2  # grey
     assert json.loads(reply.headers["X-Digit"]) == label_of(FILE)
-
-
-def test_many_pictures_to_prepare_are_bounded(server: TorchServe) -> None:
-    instance = base64.b64encode(photo_of("thumbnail")).decode()
-    route = f"{server.address}/v1/models/digits:predict"
-    assert len(requests.post(route, json={"instances": [instance] * 64}, timeout=TIMEOUT_S).json()["predictions"]) == 64
-    refused = requests.post(route, json={"instances": [instance] * 65}, timeout=TIMEOUT_S)
-    assert (refused.status_code, refused.json()["error"]["type"]) == (413, "RequestTooLarge")
