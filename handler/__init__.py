@@ -16,5 +16,6 @@ One batch of requests flows through these modules, each of which knows only its 
          drawing          pictures and their maps -> a PNG
 
 `digit_handler` wires them into TorchServe's BaseHandler; `archive` loads and checks what the archive carries; `describe` lists
-what the service takes and gives; `errors` is the tree of errors that a client can get. This module imports nothing.
+what the service takes and gives; `metrics` counts what happens; `errors` is the tree of errors that a client can get. This module
+imports nothing.
 """

@@ -17,20 +17,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from ts.context import Context
+from ts.metrics.metric_cache_errors import MetricsCacheKeyError
+from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
 from handler.archive import load_network, mean_pixel_of, verify_files
 from handler.describe import describe_service
 from handler.errors import InternalError, ServiceError
+from handler.metrics import COUNTERS, Emit, Meter, Series, Step, TimedPasses, answer_of
 from handler.one_pass import ONE_PASS_FILE, load_one_pass
 from handler.prepare import Prepared, Question, prepare_pictures
 from handler.reply import Maps, Reply, Result, fit_batch, render_description, render_error, render_results
-from handler.request import is_describe_request, parse_request
+from handler.request import ROUTE_HEADER, is_describe_request, parse_request, read_correlation_id
 from handler.saliency import Explanation, compute_exactly, freeze, predict_and_explain
 
 logger = logging.getLogger(__name__)
 
 MAX_FORWARD_PICTURES = 256  # a larger batch is computed in parts of this size, so that memory stays bounded
+
+# TorchServe puts an id of its own into every reply's X-Request-Id, over anything that stands there.
+CORRELATION_HEADER = "X-Correlation-Id"
 
 KEPT_BYTES = 32 * 1024 * 1024  # the most that glibc takes for M_MMAP_THRESHOLD
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -73,6 +79,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         }
         self.differentiable = load_one_pass(model_dir / ONE_PASS_FILE, self.model, self.input_shape)
         self.manifest = context.manifest
+        self.meter = Meter(self.class_count, _emitter(context))
         self.initialized = True
         logger.info("serving %s on %s", self.model_description, self.device)
 
@@ -85,19 +92,37 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         Returns:
             one body a request, in the same order.
         """
+        self.meter.start()
         headers = [context.get_all_request_header(index) for index in range(len(data))]
         outcomes = [self._prepare(row, row_headers) for row, row_headers in zip(data, headers, strict=True)]
+        self.meter.lap(Step.DECODE)
         inferred = iter(self._infer([question for one in outcomes if isinstance(one, Prepared) for question in one.questions]))
         replies = [
             self._render(outcome, list(islice(inferred, len(outcome.questions)))) if isinstance(outcome, Prepared) else outcome
             for outcome in outcomes
         ]
         replies = fit_batch(replies)
+        self.meter.lap(Step.ENCODE)
+        answers = [
+            answer_of(
+                outcome if isinstance(outcome, Prepared) else None, reply, explain_route=row_headers.get(ROUTE_HEADER) == "True"
+            )
+            for outcome, reply, row_headers in zip(outcomes, replies, headers, strict=True)
+        ]
+        self.meter.finish(answers)
         for index, reply in enumerate(replies):
             context.set_response_status(reply.status, reply.reason_phrase, index)
             context.set_response_content_type(index, reply.content_type)
             for name, value in reply.headers.items():
                 context.set_response_header(index, name, value)
+            correlation_id = read_correlation_id(headers[index])
+            if correlation_id is not None:
+                context.set_response_header(index, CORRELATION_HEADER, correlation_id)
+                logger.info(
+                    "correlation_id=%s request_id=%s kind=%s method=%s status=%d error=%s",
+                    *(correlation_id, context.get_request_id(index), answers[index].kind, answers[index].method),
+                    *(reply.status, reply.error),
+                )
         return [reply.body for reply in replies]
 
     def _prepare(self, row: object, headers: dict[str, object]) -> Prepared | Reply:
@@ -119,15 +144,19 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
 
     def _infer(self, questions: list[Question]) -> Iterator[Inferred | InternalError]:
         """Run the network for all pictures that can be answered: once, unless there are more than MAX_FORWARD_PICTURES."""
+        passes = TimedPasses(self.differentiable, self.meter, self.device)
         for start in range(0, len(questions), MAX_FORWARD_PICTURES):
+            self.meter.lap(Step.ENCODE)  # of what was computed before
             part = questions[start : start + MAX_FORWARD_PICTURES]
             try:
                 pixels = np.stack([question.pixels for question in part])[:, None]  # (N, 1, H, W)
                 targets = [question.options.target.classes if question.options.explain else () for question in part]
                 methods = [question.options.method for question in part]
                 logits, explanations = predict_and_explain(
-                    self.differentiable, torch.from_numpy(pixels).to(self.device), targets, methods, self.mean_pixel
+                    passes, torch.from_numpy(pixels).to(self.device), targets, methods, self.mean_pixel
                 )
+                self.meter.see(logits)
+                self.meter.lap(Step.MAP)
                 yield from zip(logits, explanations, strict=True)
             except Exception as error:  # noqa: BLE001  # answered in this API's own form
                 failure = _internal_error(error)
@@ -160,6 +189,23 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 saliency = question.options.method.finish(gradients, picture)
             maps = Maps(explanation.classes, saliency, explanation.gaps)
         return Result(question.options, logits, maps, question.describe_preparation(), picture)
+
+
+def _emitter(context: Context) -> Emit | None:
+    """Find where counts go, if anywhere: as lines for TorchServe's frontend, in its own format."""
+    if context.metrics is None:
+        return None
+    try:
+        counters = {name: context.metrics.get_metric(name, MetricTypes.COUNTER) for name in COUNTERS}
+    except MetricsCacheKeyError as error:
+        logger.warning("%s: nothing is counted; set metrics_config to a file that declares it", error)
+        return None
+
+    def emit(series: Series, value: float) -> None:
+        name, labels = series
+        counters[name].add_or_update(value, [context.model_name, *labels])
+
+    return emit
 
 
 def _keep_freed_memory() -> None:

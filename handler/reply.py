@@ -88,12 +88,16 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What goes back to one client. Header values are text, and `content_type` is ASCII, as TorchServe needs them."""
+    """What goes back to one client. Header values are text, and `content_type` is ASCII, as TorchServe needs them.
+
+    `error` is the type of the error that it tells of.
+    """
 
     status: int
     content_type: str
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
 
     @property
     def reason_phrase(self) -> str:
@@ -138,7 +142,7 @@ def render_error(error: ServiceError) -> Reply:
     content: dict[str, Any] = {"code": error.status, "type": type(error).__name__, "message": error.message}
     if error.indices:
         content["indices"] = error.indices
-    return Reply(error.status, ReplyFormat.JSON, json.dumps({"error": content}).encode())
+    return Reply(error.status, ReplyFormat.JSON, json.dumps({"error": content}).encode(), error=type(error).__name__)
 
 
 def fit_batch(replies: Sequence[Reply], max_bytes: int = MAX_BATCH_BYTES) -> list[Reply]:

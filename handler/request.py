@@ -45,6 +45,9 @@ PICTURE_FIELDS = ("data", "image", "body")  # a JSON or form field of one of the
 NPY_MAGIC = b"\x93NUMPY"  # how every .npy file starts; no JSON can
 HEADER_PREFIX = "x-saliency-"  # an option's header is this and its name, in any letter case, with hyphens
 DESCRIBE_HEADER = "describe"  # the frontend sets it to "True" on a row of its own, which has neither fields nor ROUTE_HEADER
+CORRELATION_HEADERS = ("x-correlation-id", "x-request-id")  # of these, in any letter case, the first that holds a good id
+CORRELATION_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_CORRELATION_LENGTHS = {len(name) for name in CORRELATION_HEADERS}
 ROUTE_HEADER = "explain"  # TorchServe's frontend sets it on each request: "True" came in by an explanation route
 
 
@@ -140,6 +143,19 @@ class Request:
 def is_describe_request(row: object, headers: Mapping[str, object]) -> bool:
     """Whether TorchServe itself asks what this service does. A client's own `describe` header says nothing."""
     return row == {} and headers.get(DESCRIBE_HEADER) == "True" and ROUTE_HEADER not in headers
+
+
+def read_correlation_id(headers: Mapping[str, object]) -> str | None:
+    """Read by what a client wants to find its request again, in its own reply and in our log.
+
+    What is no good id, and could be misread in a log, is no id at all: to follow requests must not make one of them fail.
+    """
+    given = {name.lower(): value for name, value in headers.items() if len(name) in _CORRELATION_LENGTHS}
+    for name in CORRELATION_HEADERS:
+        value = given.get(name)
+        if isinstance(value, str) and CORRELATION_ID.fullmatch(value):
+            return value
+    return None
 
 
 def parse_request(row: object, headers: Mapping[str, object], class_count: int) -> Request:

@@ -26,9 +26,11 @@ from ts.protocol.otf_message_handler import create_predict_response
 
 from handler.canonical import prepare
 from handler.decode import decode_image
+from handler.metrics import Meter, answer_of
+from handler.metrics import Step as MeteredStep
 from handler.prepare import Prepared, prepare_pictures
-from handler.reply import Maps, Result, render_results
-from handler.request import parse_request
+from handler.reply import Maps, Reply, Result, render_results
+from handler.request import parse_request, read_correlation_id
 from handler.saliency import predict_and_explain
 from scripts.package import ROOT
 
@@ -41,6 +43,8 @@ HEADERS = {  # as a client sends them and the frontend adds to them
     "explain": "True",
 }
 WHOLE = "all of it, as TorchServe calls it"
+
+NOTED = (MeteredStep.DECODE, *[MeteredStep.ENCODE, MeteredStep.MAP, MeteredStep.FORWARD, MeteredStep.BACKWARD] * 2)
 
 Step = Callable[[], object]
 
@@ -79,6 +83,17 @@ def build_steps(handler: Any, context: Context, batch_size: int) -> dict[str, St
 
     results = [result(index, one) for index, one in enumerate(prepared)]
 
+    meter, reply = Meter(handler.class_count, None), Reply(200, "", b"")
+
+    def note() -> None:
+        meter.start()
+        for step in NOTED:
+            meter.lap(step)
+        meter.see(logits)
+        meter.finish([answer_of(one, reply, explain_route=True) for one in prepared])
+        for _ in rows:
+            read_correlation_id(HEADERS)
+
     def handle() -> list[bytes]:
         context.request_processor = [RequestProcessor(dict(HEADERS)) for _ in rows]
         replies: list[bytes] = handler.handle(rows, context)
@@ -95,6 +110,7 @@ def build_steps(handler: Any, context: Context, batch_size: int) -> dict[str, St
             render_results([one], request.reply_format, handler.model_description, listed=False, infer=None)
             for one, request in zip(results, requests, strict=True)
         ],
+        "note what was done (metrics.py)": note,
         WHOLE: handle,
         "TorchServe's own packing of the replies": lambda: create_predict_response(replies, ids, "", 200, context),
     }

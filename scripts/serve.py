@@ -375,6 +375,9 @@ def _configure(settings: Settings, java_logging: Path) -> str:
     properties = settings.configuration.read_text()
     vmargs = re.search(r"(?m)^vmargs=(.*)$", properties)
     changes["vmargs"] = f"{vmargs[1] if vmargs else ''} -Djava.util.logging.config.file={java_logging}".strip()
+    metrics_config = re.search(r"(?m)^metrics_config=(.*)$", properties)
+    if metrics_config is not None:
+        changes["metrics_config"] = str(ROOT / metrics_config[1])  # TorchServe does not run in the root
     for name, value in changes.items():
         properties = write_property(properties, name, value)
     return properties
@@ -441,6 +444,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-batch-delay", type=int, help="ms that a request waits for others; default: what model-config.yaml says"
     )
+    parser.add_argument(
+        "--log-config",
+        type=Path,
+        default=defaults.log_configuration,
+        help="log4j's; serve_config/log4j2-json.xml writes JSON; default: serve_config/log4j2.xml",
+    )
     parser.add_argument("--log-dir", type=Path, default=defaults.log_dir, help="emptied at the start; default: build/logs")
     parser.add_argument("--archive-sha256", metavar="HEX", help="what the archive's must be; default: what ARCHIVE.sha256 says")
     hardened = parser.add_argument_group("for others to reach", "needs --hardened, --certificate and --private-key")
@@ -499,6 +508,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         ports=Ports(**{name: getattr(arguments, f"{name}_port") for name in Ports.__dataclass_fields__}),
         device=arguments.device,
         log_dir=arguments.log_dir,
+        log_configuration=arguments.log_config,
         model_config={key: value for key, value in model_config.items() if value is not None},
         configuration=SERVE_CONFIG / ("config.properties" if hardening is None else "config-hardened.properties"),
         archive_sha256=arguments.archive_sha256,

@@ -23,12 +23,13 @@ HANDLER_IMPORTS = {  # module -> the handler modules that it may import
     "one_pass": {"archive", "saliency"},
     "archive": set[str](),
     "prepare": {"errors", "kserve", "request", "decode", "arrays", "canonical"},
-    "digit_handler": {"errors", "request", "prepare", "reply", "describe", "saliency", "one_pass", "archive"},
+    "metrics": {"errors", "methods", "prepare", "reply", "saliency"},
+    "digit_handler": {"errors", "request", "prepare", "reply", "describe", "saliency", "one_pass", "archive", "metrics"},
 }
 OUTSIDE = {  # package -> the only handler modules that may import it
     "ts": {"digit_handler"},
     "PIL": {"decode", "drawing"},
-    "torch": {"saliency", "one_pass", "archive", "digit_handler"},
+    "torch": {"saliency", "one_pass", "archive", "metrics", "digit_handler"},
     "orjson": {"reply"},
 }
 HANDLER_FILES = sorted((ROOT / "handler").glob("*.py"))

@@ -28,7 +28,7 @@ from handler.methods import (
     LossGradient,
     SmoothGrad,
 )
-from handler.request import Encoding, Options, Part, Prepare, ReplyFormat, Request, Targets, parse_request
+from handler.request import Encoding, Options, Part, Prepare, ReplyFormat, Request, Targets, parse_request, read_correlation_id
 
 PICTURE = b"\x89PNG any bytes"
 BASE64 = base64.b64encode(PICTURE).decode()
@@ -417,3 +417,27 @@ def test_format_of_maps_is_refused_where_there_is_no_map(accept: str) -> None:
         NotAcceptable, match=r"accepted: application/json .*image/png are formats of maps: ask for an explanation"
     ):
         parse({"body": bytearray(PICTURE)}, {"Accept": accept})
+
+
+# --- the correlation id
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        pytest.param({"X-Correlation-Id": "Order.66_a-1"}, "Order.66_a-1", id="as documented"),
+        pytest.param({"x-CORRELATION-id": "a" * 64}, "a" * 64, id="any letter case, longest"),
+        pytest.param({"X-Request-Id": "proxy"}, "proxy", id="of a proxy"),
+        pytest.param({"X-Request-Id": "proxy", "X-Correlation-Id": "own"}, "own", id="both"),
+        pytest.param({"X-Request-Id": "proxy", "X-Correlation-Id": "no good"}, "proxy", id="the better one"),
+        pytest.param({"X-Correlation-Id": "a" * 65}, None, id="too long"),
+        pytest.param({"X-Correlation-Id": ""}, None, id="empty"),
+        pytest.param({"X-Correlation-Id": "a\n[METRICS]b"}, None, id="a line of its own"),
+        pytest.param({"X-Correlation-Id": "a\n"}, None, id="the end of a line"),
+        pytest.param({"X-Correlation-Id": "\u0661"}, None, id="digits of another script"),
+        pytest.param({"X-Correlation-Id": {"content-type": "a"}}, None, id="a form field of that name"),
+        pytest.param({"Authorization": "secret", "X-Correlation": "a"}, None, id="none"),
+    ],
+)
+def test_correlation_id_is_a_short_plain_word(headers: dict[str, object], expected: str | None) -> None:
+    assert read_correlation_id(headers) == expected

@@ -226,6 +226,8 @@ def test_plain_torchserve_serves_the_archive(archive: Path, tmp_path: Path, temp
         configuration = configuration.replace(str(default), str(port))
     configuration = configuration.replace("7070", str(ports.grpc_inference)).replace("7071", str(ports.grpc_management))
     (tmp_path / "config.properties").write_text(configuration)
+    (tmp_path / "serve_config").mkdir()
+    shutil.copy(ROOT / "serve_config" / "metrics.yaml", tmp_path / "serve_config")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
         **{"TMPDIR": str(temp_dir), "TEMP": str(temp_dir)},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -245,6 +247,8 @@ def test_plain_torchserve_serves_the_archive(archive: Path, tmp_path: Path, temp
     try:
         content = wait_for_answer(f"http://127.0.0.1:{ports.inference}/explanations/digits")
         assert content["explanation"]["target"] == content["digit"]
+        counts = requests.get(f"http://127.0.0.1:{ports.metrics}/metrics", timeout=TIMEOUT_S).text
+        assert "saliency_worker_starts_total{" in counts
     finally:
         subprocess.run(
             ["torchserve", "--stop", "--foreground"], cwd=tmp_path, env=environment, check=True, stdout=subprocess.DEVNULL
