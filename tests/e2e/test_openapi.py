@@ -18,7 +18,7 @@ from tests.openapi import DOCUMENT, DOCUMENT_FILE, ExampleRequest, example_reque
 
 SOMETIMES = ("X-Saliency-Completeness-Gap", "X-Correlation-Id")  # reply headers
 EXAMPLES = list(example_requests())
-MAX_EXAMPLES = 60  # for each route
+MAX_EXAMPLES = 50  # for each route; at 60 schemathesis 4.32.5 makes a form that it then cannot check itself
 RUN_TIMEOUT_S = 300
 
 
