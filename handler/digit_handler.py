@@ -7,6 +7,7 @@ whether it is a prediction or an explanation, of which classes, in which format,
 import ctypes
 import logging
 import os
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -23,10 +24,10 @@ from ts.torch_handler.base_handler import BaseHandler
 
 from handler.archive import load_network, mean_pixel_of, verify_files
 from handler.describe import describe_service
-from handler.errors import InternalError, ServiceError
+from handler.errors import InternalError, Overloaded, ServiceError
 from handler.metrics import COUNTERS, Emit, Meter, Series, Step, TimedPasses, answer_of
 from handler.one_pass import ONE_PASS_FILE, load_one_pass
-from handler.prepare import Prepared, Question, prepare_pictures
+from handler.prepare import MAX_GRADIENTS, Prepared, Question, prepare_pictures
 from handler.reply import Maps, Reply, Result, fit_batch, render_description, render_error, render_results
 from handler.request import ROUTE_HEADER, is_describe_request, parse_request, read_correlation_id
 from handler.saliency import Explanation, compute_exactly, freeze, predict_and_explain
@@ -34,6 +35,9 @@ from handler.saliency import Explanation, compute_exactly, freeze, predict_and_e
 logger = logging.getLogger(__name__)
 
 MAX_FORWARD_PICTURES = 256  # a larger batch is computed in parts of this size, so that memory stays bounded
+# Of work on one batch; what is left of it then is refused. The slowest requests take about a second each, and a worker that is
+# silent for responseTimeout (serve_config/model-config.yaml) is restarted, which costs all of the batch their answers.
+MAX_BATCH_SECONDS = 20
 
 # TorchServe puts an id of its own into every reply's X-Request-Id, over anything that stands there.
 CORRELATION_HEADER = "X-Correlation-Id"
@@ -93,6 +97,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             one body a request, in the same order.
         """
         self.meter.start()
+        self.deadline = time.monotonic() + MAX_BATCH_SECONDS
         headers = [context.get_all_request_header(index) for index in range(len(data))]
         outcomes = [self._prepare(row, row_headers) for row, row_headers in zip(data, headers, strict=True)]
         self.meter.lap(Step.DECODE)
@@ -128,6 +133,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     def _prepare(self, row: object, headers: dict[str, object]) -> Prepared | Reply:
         """Read one request as far as its canonical pixels. An error is this row's alone, whatever it is."""
         try:
+            self._require_time()
             if is_describe_request(row, headers):
                 return render_description(self._describe())
             _, height, width = self.input_shape
@@ -142,13 +148,18 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         _, height, width = self.input_shape
         return describe_service(self.model_description, height, width, self.class_count)
 
-    def _infer(self, questions: list[Question]) -> Iterator[Inferred | InternalError]:
-        """Run the network for all pictures that can be answered: once, unless there are more than MAX_FORWARD_PICTURES."""
+    def _require_time(self) -> None:
+        """Refuse what is left of a batch that has taken too long."""
+        if time.monotonic() > self.deadline:
+            raise Overloaded("got too much work at once, together with others; send it again, or ask for less")
+
+    def _infer(self, questions: list[Question]) -> Iterator[Inferred | ServiceError]:
+        """Run the network for all pictures that can be answered: once, unless they are too many, or too much work, for that."""
         passes = TimedPasses(self.differentiable, self.meter, self.device)
-        for start in range(0, len(questions), MAX_FORWARD_PICTURES):
+        for part in _split(questions):
             self.meter.lap(Step.ENCODE)  # of what was computed before
-            part = questions[start : start + MAX_FORWARD_PICTURES]
             try:
+                self._require_time()
                 pixels = np.stack([question.pixels for question in part])[:, None]  # (N, 1, H, W)
                 targets = [question.options.target.classes if question.options.explain else () for question in part]
                 methods = [question.options.method for question in part]
@@ -158,14 +169,17 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 self.meter.see(logits)
                 self.meter.lap(Step.MAP)
                 yield from zip(logits, explanations, strict=True)
+            except ServiceError as error:
+                yield from [error] * len(part)
             except Exception as error:  # noqa: BLE001  # answered in this API's own form
                 failure = _internal_error(error)
                 _leave_with_a_lost_gpu(self.device)
                 yield from [failure] * len(part)
 
-    def _render(self, prepared: Prepared, inferred: Sequence[Inferred | InternalError]) -> Reply:
+    def _render(self, prepared: Prepared, inferred: Sequence[Inferred | ServiceError]) -> Reply:
         """Write the reply to one request. An error is this row's alone, whatever it is."""
         try:
+            self._require_time()
             results = [self._result(*pair) for pair in zip(prepared.questions, inferred, strict=True)]
             request = prepared.request
             return render_results(
@@ -176,8 +190,8 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
             return render_error(_internal_error(error))
 
-    def _result(self, question: Question, inferred: Inferred | InternalError) -> Result:
-        if isinstance(inferred, InternalError):
+    def _result(self, question: Question, inferred: Inferred | ServiceError) -> Result:
+        if isinstance(inferred, ServiceError):
             raise inferred
         logits, explanation = inferred
         maps, picture = None, question.pixels
@@ -189,6 +203,20 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 saliency = question.options.method.finish(gradients, picture)
             maps = Maps(explanation.classes, saliency, explanation.gaps)
         return Result(question.options, logits, maps, question.describe_preparation(), picture)
+
+
+def _split(questions: Sequence[Question]) -> Iterator[list[Question]]:
+    """Split a batch into parts that take at most MAX_FORWARD_PICTURES, and no more gradients than one request may ask for."""
+    part: list[Question] = []
+    gradient_count = 0
+    for question in questions:
+        gradient_count += question.options.gradient_count
+        if len(part) == MAX_FORWARD_PICTURES or (part and gradient_count > MAX_GRADIENTS):
+            yield part
+            part, gradient_count = [], question.options.gradient_count
+        part.append(question)
+    if part:
+        yield part
 
 
 def _emitter(context: Context) -> Emit | None:

@@ -2,7 +2,7 @@
 
     ServiceError               500
     +-- InternalError          500  a defect of ours; the row alone fails
-    +-- Overloaded             503  its reply is too large for the batch that it came in; the same request may do later
+    +-- Overloaded             503  too much work, or too large a reply, beside others; the same request may do later
     +-- ClientError            400
         +-- EmptyRequest       400  no picture in the request
         +-- InvalidRequest     400  well-formed, but not what the API takes
@@ -49,7 +49,7 @@ class InternalError(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """The replies of one batch are too large together."""
+    """What shares a batch is too much together."""
 
     status = 503
 

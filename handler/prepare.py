@@ -126,7 +126,7 @@ def prepare_pictures(request: Request, height: int, width: int, *, has_mean: boo
 
 def _require_gradients(explained: Sequence[Options]) -> None:
     """Refuse work that would hold the worker for too long, before it starts."""
-    count = sum(len(asked.target.classes) * asked.method.gradient_count for asked in explained)
+    count = sum(asked.gradient_count for asked in explained)
     if count > MAX_GRADIENTS:
         raise RequestTooLarge(
             f"got {len(explained)} pictures whose maps take {count:,} gradients in all (targets x samples, or steps); up to "

@@ -105,6 +105,11 @@ class Options:
     encoding: Encoding = Encoding.NESTED
     style: Style = dataclasses.field(default_factory=Style)
 
+    @property
+    def gradient_count(self) -> int:
+        """How many gradients the maps take that are asked for: their cost."""
+        return len(self.target.classes) * self.method.gradient_count if self.explain else 0
+
 
 Payload = bytes | list[Any] | Tensor  # an image or .npy file, nested numbers, or a tensor; all of them unchecked
 

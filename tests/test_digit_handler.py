@@ -207,6 +207,47 @@ def test_drawing_that_would_be_too_large_costs_its_neighbours_nothing(handler: D
     assert json.loads(bad[2])["error"]["type"] == "InvalidOption"
 
 
+class Clock:
+    """A clock that goes a second on at each look."""
+
+    def __init__(self) -> None:
+        self.now_s = 0
+
+    def monotonic(self) -> int:
+        self.now_s += 1
+        return self.now_s
+
+
+def test_batch_that_takes_too_long_is_answered_as_far_as_there_is_time(
+    handler: DigitHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each request looks at the clock when it is read and when its reply is written, and each pass through the network once."""
+    monkeypatch.setattr("handler.digit_handler.time", Clock())
+    heavy: Batch = [({"body": bytearray(PICTURE)}, {"explain": "True", "X-Saliency-Method": "smoothgrad"})]
+    for limit_s, answered in ((100, 4), (7, 2), (4, 0), (2, 0)):
+        monkeypatch.setattr("handler.digit_handler.MAX_BATCH_SECONDS", limit_s)
+        replies = answer(handler, heavy * 4, tmp_path / "unpacked")
+        assert [reply[0] for reply in replies] == [200] * answered + [503] * (4 - answered)
+        assert {json.loads(body)["error"]["type"] for status, _, body in replies if status != 200} <= {"Overloaded"}
+
+
+def test_parts_of_a_batch_take_no_more_gradients_than_one_request_may(
+    handler: DigitHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    def watched(differentiable: Any, pixels: Any, targets: Any, methods: Any, mean: Any) -> Any:
+        counted.append(sum(len(some) * method.gradient_count for some, method in zip(targets, methods, strict=True)))
+        return predict_and_explain(differentiable, pixels, targets, methods, mean)
+
+    monkeypatch.setattr("handler.digit_handler.predict_and_explain", watched)
+    heavy = ({"body": bytearray(PICTURE)}, {"explain": "True", "X-Saliency-Method": "smoothgrad", "X-Saliency-Samples": "500"})
+    small = ({"body": bytearray(PICTURE)}, {"explain": "False"})
+    replies = answer(handler, [small, *[heavy] * 9, small, heavy], tmp_path / "unpacked")
+    assert [reply[0] for reply in replies] == [200] * 12
+    assert counted == [4000, 1000]
+
+
 def test_defect_in_rendering_is_a_500_for_that_row(
     handler: DigitHandler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

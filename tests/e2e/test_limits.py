@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from handler.decode import MAX_JPEG_SCANS, MAX_PIXELS, MAX_SIDE, MAX_STEPS, MAX_TAG_BYTES, DecodingBudget, decode_image
+from handler.digit_handler import MAX_BATCH_SECONDS
 from handler.drawing import MAX_PIXELS_DRAWN, MAX_SIZE, Row, Style, draw
 from handler.errors import InvalidOption
 from handler.kserve import MAX_ID_CHARACTERS, MAX_PICTURES
@@ -328,11 +329,11 @@ def test_replies_that_one_batch_cannot_hold_are_refused(server: TorchServe, work
 
 
 @pytest.mark.parametrize("name", ["model-config.yaml", "model-config-gpu.yaml"])
-def test_time_of_a_batch_is_enough_for_the_slowest_requests(name: str) -> None:
-    """A request that is accepted takes a CPU up to about a second, and this leaves a slow machine three times that."""
+def test_worker_has_time_for_the_last_request_of_a_batch(name: str) -> None:
+    """The last one starts within MAX_BATCH_SECONDS, and takes a CPU about a second: a slow machine has twenty times that."""
     config = yaml.safe_load((ROOT / "serve_config" / name).read_text())
-    assert config["responseTimeout"] >= 3 * config["batchSize"]
-    assert f"{config['responseTimeout']} s" in row_of("time of one batch")[1]
+    assert config["responseTimeout"] >= MAX_BATCH_SECONDS + 40
+    assert row_of("time of one batch")[1].startswith(f"{MAX_BATCH_SECONDS} s of work;")
 
 
 SLOWEST = {
@@ -353,9 +354,10 @@ def test_batches_of_the_slowest_requests_are_answered_in_time(
     """TorchServe ends a worker whose batch takes longer than responseTimeout: all of the batch would get no answer."""
     workers = worker_pids()
     slow = SLOWEST[name]() | {"timeout": TIMEOUT_S}
-    *replies, small = ask_at_once(server, [slow] * (BATCH_SIZE - 1) + [one() | {"timeout": TIMEOUT_S}])
-    assert [reply.status_code for reply in replies] == [200] * (BATCH_SIZE - 1)
-    assert small.status_code == 200
+    replies = ask_at_once(server, [slow] * (BATCH_SIZE - 1) + [one() | {"timeout": TIMEOUT_S}])
+    assert 200 in {reply.status_code for reply in replies}
+    refused = [reply for reply in replies if reply.status_code != 200]  # by a slow machine, which had no time for them
+    assert all((reply.status_code, reply.json()["error"]["type"]) == (503, "Overloaded") for reply in refused)
     assert worker_pids() == workers
 
 
