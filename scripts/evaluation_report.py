@@ -217,18 +217,18 @@ def _plot_curves(report: Report) -> str:
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "curves"}):  # text as text; the same page every time
-        figure = Figure(figsize=(11, 4), layout="constrained")
+        figure = Figure(figsize=(13, 4), layout="constrained")
         for axes, (title, curves) in zip(figure.subplots(1, len(report.curves), sharey=True), report.curves.items(), strict=True):
             for name, points in curves.items():
                 shares = np.linspace(0, 100, len(points))
-                base, _, absolute = name.partition(ABSOLUTE)  # dashed, in the colour of the signed map
+                base, absolute, _ = name.partition(ABSOLUTE)  # dashed, in the colour of the signed map
                 color = f"C{[*dict.fromkeys(other.partition(ABSOLUTE)[0] for other in curves)].index(base)}"
                 values = [point.value for point in points]
                 (line,) = axes.plot(shares, values, label=name, color=color, linestyle="--" if absolute else "-")
                 bounds = [point.low for point in points], [point.high for point in points]
                 axes.fill_between(shares, *bounds, color=line.get_color(), alpha=0.2, linewidth=0)
             axes.set(title=title, xlabel="pixels, %", ylabel="probability of the predicted class", ylim=(0, 1.02))
-            axes.legend()
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
         drawing = StringIO()
         figure.savefig(drawing, format="svg", metadata={"Date": None})
     return drawing.getvalue().partition("<svg")[1] + drawing.getvalue().partition("<svg")[2]
