@@ -72,13 +72,13 @@ def test_gradcheck_passes_on_the_network(network: nn.Module) -> None:
 
 
 def test_maps_equal_captums_saliency(network: nn.Module, differentiable: Differentiable, digit_batch: torch.Tensor) -> None:
-    """Dithered: where pools tie, which of the equals wins depends on rounding."""
+    """Dithered: where pools tie, which of the equals wins depends on rounding. Of numbers above 1 a millionth is some roundings."""
     targets = [(file_index * 3) % 10 for file_index in range(len(digit_batch))]
     random = torch.Generator().manual_seed(0)
     pixels = (digit_batch + 0.05 * torch.rand(digit_batch.shape, generator=random)).clamp(0, 1)
     maps = torch.cat(maps_of(differentiable, pixels, [(target,) for target in targets]))
     expected = captum.attr.Saliency(network).attribute(pixels.clone().requires_grad_(), target=targets, abs=False)
-    torch.testing.assert_close(maps, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(maps, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("file_index", range(0, len(DIGIT_FILES), 11), ids=lambda i: DIGIT_FILES[i].stem)
