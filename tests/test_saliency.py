@@ -72,7 +72,7 @@ def test_gradcheck_passes_on_the_network(network: nn.Module) -> None:
 
 
 def test_maps_equal_captums_saliency(network: nn.Module, differentiable: Differentiable, digit_batch: torch.Tensor) -> None:
-    """Dithered: where pools tie, which of the equals wins depends on rounding. Of numbers above 1 a millionth is some roundings."""
+    """Dithered: where pools tie, the winner depends on rounding. Of a number above 1 a millionth is a few roundings."""
     targets = [(file_index * 3) % 10 for file_index in range(len(digit_batch))]
     random = torch.Generator().manual_seed(0)
     pixels = (digit_batch + 0.05 * torch.rand(digit_batch.shape, generator=random)).clamp(0, 1)
