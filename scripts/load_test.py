@@ -30,7 +30,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -571,40 +571,51 @@ def draw_plots(run: Run, report: Report) -> str:
     Raises:
         LoadTestError: matplotlib is not there.
     """
+    return draw_svg("load test", lambda figure: _plot_all(figure, run, report))
+
+
+def _plot_all(figure: "Figure", run: Run, report: Report) -> None:
+    rates, quantiles, distribution, timeline = figure.subplots(2, 2).flat
+    _plot_rates(rates, report)
+    _plot_quantiles(quantiles, report)
+    for samples, step in zip((samples for samples in run.steps if samples.request_count), report.steps, strict=True):
+        _plot_distribution(distribution, samples, step.label)
+        _plot_timeline(timeline, samples, step.label)
+    distribution.set(title="Distribution of the latencies", xlabel="quantile", ylabel="ms")
+    distribution.set(xscale="log")
+    distribution.minorticks_off()
+    distribution.set_xticks([0.5, 0.1, 0.01, 0.001], QUANTILE_NAMES[:-1])
+    distribution.invert_xaxis()
+    timeline.set(title="Latencies in time (worst of each moment)", xlabel="s since the warm-up", ylabel="ms")
+    for axes in (quantiles, distribution):
+        axes.legend(fontsize=8)
+    for axes in (quantiles, distribution, timeline):
+        if np.isfinite(axes.dataLim.intervaly).all():  # without any reply there is nothing to scale
+            axes.set_yscale("log")
+    for axes in (rates, quantiles, distribution, timeline):
+        axes.grid(visible=True, which="major", alpha=0.3)
+
+
+def draw_svg(salt: str, plot: Callable[["Figure"], None]) -> str:
+    """Draw a figure as an SVG element, to stand in a page.
+
+    Args:
+        salt: of the ids in it: the same figure is the same text every time.
+        plot: draws into the empty figure.
+    Raises:
+        LoadTestError: matplotlib is not there.
+    """
     try:
         import matplotlib as mpl  # slow, large, and needed for this alone
         from matplotlib.figure import Figure
     except ImportError as error:
         raise LoadTestError("the page's plots need matplotlib: pip install matplotlib") from error
 
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "load test", "font.size": 9}):
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 9}):
         figure = Figure(figsize=(11, 8.5), layout="constrained")
-        rates, quantiles, distribution, timeline = figure.subplots(2, 2).flat
-        _plot_rates(rates, report)
-        _plot_quantiles(quantiles, report)
-        for samples, step in zip((samples for samples in run.steps if samples.request_count), report.steps, strict=True):
-            _plot_distribution(distribution, samples, step.label)
-            _plot_timeline(timeline, samples, step.label)
-        distribution.set(title="Distribution of the latencies", xlabel="quantile", ylabel="ms")
-        distribution.set(xscale="log")
-        distribution.minorticks_off()
-        distribution.set_xticks([0.5, 0.1, 0.01, 0.001], QUANTILE_NAMES[:-1])
-        distribution.invert_xaxis()
-        timeline.set(title="Latencies in time (worst of each moment)", xlabel="s since the warm-up", ylabel="ms")
-        for axes in (quantiles, distribution):
-            axes.legend(fontsize=8)
-        for axes in (quantiles, distribution, timeline):
-            if np.isfinite(axes.dataLim.intervaly).all():  # without any reply there is nothing to scale
-                axes.set_yscale("log")
-        for axes in (rates, quantiles, distribution, timeline):
-            axes.grid(visible=True, which="major", alpha=0.3)
-        return svg_of(figure)
-
-
-def svg_of(figure: "Figure") -> str:
-    """A figure as an SVG element, to stand in a page."""
-    drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
+        plot(figure)
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None})
     svg = drawn.getvalue()
     return svg[svg.index("<svg") :]
 

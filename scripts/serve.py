@@ -373,14 +373,19 @@ def _configure(settings: Settings, java_logging: Path) -> str:
             "private_key_file": str(hardening.private_key.resolve()),
         }
     properties = settings.configuration.read_text()
-    vmargs = re.search(r"(?m)^vmargs=(.*)$", properties)
-    changes["vmargs"] = f"{vmargs[1] if vmargs else ''} -Djava.util.logging.config.file={java_logging}".strip()
-    metrics_config = re.search(r"(?m)^metrics_config=(.*)$", properties)
+    changes["vmargs"] = f"{find_property(properties, 'vmargs') or ''} -Djava.util.logging.config.file={java_logging}".strip()
+    metrics_config = find_property(properties, "metrics_config")
     if metrics_config is not None:
-        changes["metrics_config"] = str(ROOT / metrics_config[1])  # TorchServe does not run in the root
+        changes["metrics_config"] = str(ROOT / metrics_config)  # TorchServe does not run in the root
     for name, value in changes.items():
         properties = write_property(properties, name, value)
     return properties
+
+
+def find_property(properties: str, name: str) -> str | None:
+    """The value of a key in the text of config.properties; None where it has none."""
+    found = re.search(rf"(?m)^{re.escape(name)}=(.*)$", properties)
+    return found[1].strip() if found else None
 
 
 def write_property(properties: str, name: str, value: str) -> str:

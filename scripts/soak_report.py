@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from scripts.load import Failure, Samples
-from scripts.load_test import PAGE, LoadTestError, svg_of
+from scripts.load_test import PAGE, LoadTestError, draw_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MIB = 2**20
 BLOCKS = 10  # of the window, whose means the slope goes through
@@ -359,28 +360,23 @@ def draw_plots(about: Mapping[str, Any], samples: Samples) -> str:
     Raises:
         LoadTestError: matplotlib is not there.
     """
-    try:
-        import matplotlib as mpl  # slow, large, and needed for this alone
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise LoadTestError("the page's plots need matplotlib: pip install matplotlib") from error
+    return draw_svg("soak", lambda figure: _plot_all(figure, about, samples))
 
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "soak", "font.size": 9}):
-        figure = Figure(figsize=(11, 8.5), layout="constrained")
-        memory, descriptors, latencies, answers = figure.subplots(2, 2).flat
-        for name in about["before"]["processes"]:
-            _plot_process(memory, descriptors, about, name)
-        _plot_answers(latencies, answers, samples)
-        memory.set(title="Resident memory", ylabel="MiB")
-        descriptors.set(title="Descriptors", ylabel="open")
-        latencies.set(title="Latencies of right answers", ylabel="ms")
-        answers.set(title="Right answers", ylabel="a second", ylim=(0, None))
-        for axes in (memory, descriptors, latencies, answers):
-            axes.set(xlabel="minutes since the warm-up")
-            axes.grid(visible=True, alpha=0.3)
-            if axes.get_legend_handles_labels()[0]:
-                axes.legend(fontsize=8)
-        return svg_of(figure)
+
+def _plot_all(figure: "Figure", about: Mapping[str, Any], samples: Samples) -> None:
+    memory, descriptors, latencies, answers = figure.subplots(2, 2).flat
+    for name in about["before"]["processes"]:
+        _plot_process(memory, descriptors, about, name)
+    _plot_answers(latencies, answers, samples)
+    memory.set(title="Resident memory", ylabel="MiB")
+    descriptors.set(title="Descriptors", ylabel="open")
+    latencies.set(title="Latencies of right answers", ylabel="ms")
+    answers.set(title="Right answers", ylabel="a second", ylim=(0, None))
+    for axes in (memory, descriptors, latencies, answers):
+        axes.set(xlabel="minutes since the warm-up")
+        axes.grid(visible=True, alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8)
 
 
 def _plot_process(memory: "Axes", descriptors: "Axes", about: Mapping[str, Any], name: str) -> None:

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import importlib.util
 import json
-import re
 import sys
 import tempfile
 import zipfile
@@ -28,7 +27,7 @@ from scripts.benchmark import BUSY_CONNECTIONS, LONE_CONNECTION, Spread
 from scripts.load_test import read_positive
 from scripts.measure_load import Load, describe_conditions, explanation_calls, measure_load, read_count
 from scripts.package import MODEL_NAME, ROOT
-from scripts.serve import SERVE_CONFIG, Ports, ServeError, Settings, TorchServe, write_property
+from scripts.serve import SERVE_CONFIG, Ports, ServeError, Settings, TorchServe, find_property, write_property
 
 NOTHING = "nothing"  # the setting of the first row
 WARM_UP_CONNECTIONS = 16
@@ -123,8 +122,8 @@ def lone_p50_ms(loads: Sequence[Load]) -> float:
 
 def read_property(properties: str, name: str) -> str:
     """The value of a key in the text of config.properties, or its default there."""
-    found = re.search(rf"(?m)^{re.escape(name)}=(.*)$", properties)
-    return found[1].strip() if found else PROPERTY_DEFAULTS[name]
+    found = find_property(properties, name)
+    return PROPERTY_DEFAULTS[name] if found is None else found
 
 
 def list_changes(settings: Sequence[str]) -> list[Change]:
