@@ -63,7 +63,7 @@ scale: .venv/.installed-dev build/digits.mar ## measure how cost grows, and draw
 fuzz: .venv/.installed-fuzz ## fuzz the path of a request for ten minutes, guided by coverage; ARGS="--seconds 60"
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-train: .venv/.installed ## train the network again (about six minutes on two cores); DATA_DIR=...
+train: .venv/.installed ## train the network again (a quarter of an hour on two cores); DATA_DIR=...
 	$(BIN)/python -m model.train --data-dir $(DATA_DIR) $(ARGS)
 
 digits: .venv/.installed ## draw the test digits again
