@@ -5,8 +5,11 @@ The trust boundary: the input is hostile. Knows nothing of TorchServe, HTTP or t
 
 import itertools
 import logging
+import re
+import struct
 import sys
 import warnings
+import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -52,6 +55,13 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # how an Exif orientation is made upright
+
+# A PNG as most small ones are: 8 bits of grey, not interlaced, its pixels in one chunk right after its header.
+PLAIN_PNG = re.compile(rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR.{8}\x08\0\0\0\0.{8}IDAT", re.DOTALL)
+PNG_NUMBERS, PNG_NUMBERS_AT = struct.Struct(">II5xII"), 16  # width, height; the header's checksum, the data's size
+PNG_DATA_AT, PNG_SUM_SIZE, PNG_END = 41, 4, b"\0\0\0\0IEND"
+MAX_PLAIN_PIXELS = 65_536  # of larger ones the pixels cost, not how the file is opened
+INTENSITIES = np.arange(256, dtype=np.float32) / np.float32(255)  # by grey level
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # the reply says what is wrong with a file; the log need not
 
@@ -149,6 +159,10 @@ def decode_image(content: bytes, budget: DecodingBudget | None = None) -> Pictur
         ImageTooLarge: its header declares more than the budget's pixels, or it takes more than the budget's steps.
     """
     budget = budget or DecodingBudget()
+    if PLAIN_PNG.match(content) and len(content) <= budget.uncounted_bytes_left:
+        picture = _decode_plain_png(content, budget)
+        if picture is not None:
+            return picture
     if content.count(JPEG_SCAN_MARKER) > MAX_JPEG_SCANS and content.startswith(b"\xff\xd8"):
         raise UnreadableImage(f"got a JPEG of more than {MAX_JPEG_SCANS} scans; up to that are accepted")
     budget.take_steps(_steps_of_parts(content))
@@ -176,6 +190,26 @@ def decode_image(content: bytes, budget: DecodingBudget | None = None) -> Pictur
             f"got {len(content):,} bytes of a damaged or truncated image; whole files are accepted, of the formats "
             f"{', '.join(ACCEPTED_FORMATS)}"
         ) from error
+
+
+def _decode_plain_png(content: bytes, budget: DecodingBudget) -> Picture | None:
+    """Decode a file that is as plain as PLAIN_PNG says, in a third of the time that `Image.open` takes for it.
+
+    Returns:
+        the picture; None where anything about the file is unusual, and `Image.open` has to say what it is.
+    """
+    width, height, header_sum, data_size = PNG_NUMBERS.unpack_from(content, PNG_NUMBERS_AT)
+    end = PNG_DATA_AT + data_size
+    is_whole = content.startswith(PNG_END, end + PNG_SUM_SIZE) and header_sum == zlib.crc32(content[12:29])
+    if not is_whole or not 0 < width * height <= MAX_PLAIN_PIXELS:
+        return None
+    try:
+        image = Image.frombytes("L", (width, height), content[PNG_DATA_AT:end], "zip", "L")
+    except ValueError:  # pixels are missing, or no pixels
+        return None
+    budget.take_pixels(width, height)
+    budget.uncounted_bytes_left -= len(content)
+    return Picture(INTENSITIES.take(np.asarray(image)), source="PNG image")
 
 
 def _steps_of_parts(content: bytes) -> int:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ts.context import Context
 from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
+from ts.protocol import otf_message_handler
 from ts.torch_handler.base_handler import BaseHandler
 
 from handler.archive import load_network, mean_pixel_of, verify_files
@@ -28,9 +29,10 @@ from handler.errors import InternalError, Overloaded, ServiceError
 from handler.metrics import COUNTERS, Emit, Meter, Series, Step, TimedPasses, answer_of
 from handler.one_pass import ONE_PASS_FILE, load_one_pass
 from handler.prepare import MAX_GRADIENTS, Prepared, Question, prepare_pictures
-from handler.reply import Maps, Reply, Result, fit_batch, render_description, render_error, render_results
+from handler.reply import Maps, Reply, Result, fit_batch, probabilities_of, render_description, render_error, render_results
 from handler.request import ROUTE_HEADER, is_describe_request, parse_request, read_correlation_id
 from handler.saliency import Explanation, compute_exactly, freeze, predict_and_explain
+from handler.worker_socket import PieceReceiver
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,7 @@ CORRELATION_HEADER = "X-Correlation-Id"
 KEPT_BYTES = 32 * 1024 * 1024  # the most that glibc takes for M_MMAP_THRESHOLD
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
-Inferred = tuple[NDArray[np.float32], Explanation | None]  # (K,) logits, maps
+Inferred = tuple[NDArray[np.float32], NDArray[np.float64], Explanation | None]  # (K,) logits and probabilities, maps
 
 
 class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
@@ -65,6 +67,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
 
         compute_exactly()  # importing BaseHandler allows TF32 on newer GPUs; exact gradients are the product
         _keep_freed_memory()
+        _receive_in_pieces()
         if not settings.get("log_batches"):
             logging.getLogger().addFilter(_is_not_of_a_batch)
         if "torch_threads" in settings:
@@ -168,7 +171,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 )
                 self.meter.see(logits)
                 self.meter.lap(Step.MAP)
-                yield from zip(logits, explanations, strict=True)
+                yield from zip(logits, probabilities_of(logits), explanations, strict=True)
             except ServiceError as error:
                 yield from [error] * len(part)
             except Exception as error:  # noqa: BLE001  # answered in this API's own form
@@ -193,7 +196,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     def _result(self, question: Question, inferred: Inferred | ServiceError) -> Result:
         if isinstance(inferred, ServiceError):
             raise inferred
-        logits, explanation = inferred
+        logits, probabilities, explanation = inferred
         maps, picture = None, question.pixels
         if explanation is not None:
             saliency = explanation.maps.squeeze(1)  # (T, H, W)
@@ -202,7 +205,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 gradients = question.preparation.pull_back(explanation.gradients.squeeze(1))
                 saliency = question.options.method.finish(gradients, picture)
             maps = Maps(explanation.classes, saliency, explanation.gaps)
-        return Result(question.options, logits, maps, question.describe_preparation(), picture)
+        return Result(question.options, logits, probabilities, maps, question.describe_preparation(), picture)
 
 
 def _split(questions: Sequence[Question]) -> Iterator[list[Question]]:
@@ -246,6 +249,17 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:  # other C libraries have none
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+
+
+def _receive_in_pieces() -> None:
+    """Have TorchServe's worker receive all that is there at once, in place of each field of a request by itself.
+
+    Its `_retrieve_buffer` is what all of its protocol reads with, and is replaced between two messages. A TorchServe without it
+    goes on as it does.
+    """
+    receive = getattr(otf_message_handler, "_retrieve_buffer", None)
+    if receive is not None and not isinstance(receive, PieceReceiver):
+        otf_message_handler._retrieve_buffer = PieceReceiver(receive)
 
 
 def _is_not_of_a_batch(record: logging.LogRecord) -> bool:

@@ -114,14 +114,20 @@ def prepare_pictures(request: Request, height: int, width: int, *, has_mean: boo
         raise join_errors(errors, len(pictures)) if listed else errors[0]
     good = tuple(question for question in questions if isinstance(question, Question))
     explained = [asked for asked in options if asked.explain]
+    if explained:
+        _require_few_maps(explained, has_mean=has_mean)
+        _require_map_numbers(good, MAX_PIXELS if request.reply_format is ReplyFormat.PNG else MAX_IMAGE_MAP_NUMBERS)
+    return Prepared(request, good, listed)
+
+
+def _require_few_maps(explained: Sequence[Options], *, has_mean: bool) -> None:
+    """Refuse more maps than a reply can hold, and such as cannot be made."""
     map_count = sum(len(asked.target.classes) for asked in explained)
     if map_count > MAX_MAPS:
-        raise RequestTooLarge(f"got {len(pictures)} pictures with {map_count} targets in all; up to {MAX_MAPS} are accepted")
+        raise RequestTooLarge(f"got {len(explained)} pictures with {map_count} targets in all; up to {MAX_MAPS} are accepted")
     _require_gradients(explained)
     if not has_mean and any(asked.method.needs_mean for asked in explained):
         raise InvalidOption("got a method that needs the mean picture, and this network does not say it; another is accepted")
-    _require_map_numbers(good, MAX_PIXELS if request.reply_format is ReplyFormat.PNG else MAX_IMAGE_MAP_NUMBERS)
-    return Prepared(request, good, listed)
 
 
 def _require_gradients(explained: Sequence[Options]) -> None:

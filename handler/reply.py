@@ -1,6 +1,7 @@
 """Results -> the bytes, status and headers of a reply. Knows nothing of TorchServe or torch."""
 
 import base64
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class Result:
     Attributes:
         options: what was asked about it.
         logits: float32 (K,).
+        probabilities: float64 (K,), as of `probabilities_of`.
         maps: the explanation, where it was asked for.
         preparation: what was done to the picture before, for the reply.
         picture: float32 (H, W) in [0, 1], the pixels that the maps are of.
@@ -57,6 +59,7 @@ class Result:
 
     options: Options
     logits: NDArray[np.float32]
+    probabilities: NDArray[np.float64]
     maps: Maps | None
     preparation: dict[str, Any]
     picture: NDArray[np.float32]
@@ -171,18 +174,18 @@ def fit_batch(replies: Sequence[Reply], max_bytes: int = MAX_BATCH_BYTES) -> lis
 
 
 def probabilities_of(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Softmax, in float64: (K,) probabilities."""
-    exponentials = np.exp(logits.astype(np.float64) - logits.max())
-    return np.asarray(exponentials / exponentials.sum())
+    """Softmax, in float64: (..., K) probabilities of (..., K) logits."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
 def _describe(result: Result, model: dict[str, str]) -> dict[str, Any]:
     """Say all there is to say of one picture."""
-    probabilities = probabilities_of(result.logits)
+    digit = result.digit
     content: dict[str, Any] = {
-        "digit": result.digit,
-        "probability": probabilities[result.digit],
-        "probabilities": probabilities,
+        "digit": digit,
+        "probability": result.probabilities[digit],
+        "probabilities": result.probabilities,
         "logits": result.logits,
     }
     if result.maps is not None:
@@ -206,10 +209,16 @@ def _describe_maps(result: Result) -> dict[str, Any]:
         "space": options.space,
         **({GAP_OUTPUT: result.gap} if options.method.has_gap else {}),
         "shape": saliency.shape,
-        "dtype": saliency.dtype.name,
+        "dtype": _name_of(saliency.dtype),
         "encoding": options.encoding,
         "saliency": saliency if options.encoding is Encoding.NESTED else _base64_of(saliency),
     }
+
+
+@functools.cache
+def _name_of(dtype: np.dtype[Any]) -> str:
+    """Its name, which numpy puts together anew each time."""
+    return dtype.name
 
 
 def _target_source(options: Options) -> str:
@@ -270,7 +279,7 @@ def _stack_maps(results: Sequence[Result]) -> NDArray[np.float32]:
 
 
 def _stack_probabilities(results: Sequence[Result]) -> NDArray[np.float32]:
-    return np.stack([probabilities_of(result.logits) for result in results]).astype(np.float32)
+    return np.stack([result.probabilities for result in results]).astype(np.float32)
 
 
 _OUTPUT_MAKERS: dict[str, tuple[Callable[[Sequence[Result]], NDArray[Any]], str]] = {
@@ -317,7 +326,7 @@ def _map_headers(results: Sequence[Result]) -> dict[str, str]:
     if len(results) <= MAX_HEADER_PICTURES:
         headers |= {
             "X-Digit": ";".join(str(result.digit) for result in results),
-            "X-Probability": ";".join(repr(float(probabilities_of(result.logits).max())) for result in results),
+            "X-Probability": ";".join(repr(float(result.probabilities.max())) for result in results),
             "X-Saliency-Target": ";".join(",".join(map(str, np.atleast_1d(result.target))) for result in results),
         }
     return headers

@@ -203,6 +203,8 @@ class _Reader:
     @functools.cached_property
     def options(self) -> Options:
         """All options, which fit each other."""
+        if not self.given:  # as in most requests
+            return _default_options(explain=self.explain_route)
         return _fit_options(self.values, explain_route=self.explain_route)
 
     def with_fields(self, fields: Mapping[str, object]) -> "_Reader":
@@ -395,6 +397,12 @@ def _fit_options(values: Mapping[str, Any], *, explain_route: bool) -> Options:
             f"{Space.CANONICAL} is accepted"
         )
     return options
+
+
+@functools.cache
+def _default_options(*, explain: bool) -> Options:
+    """The options of a request that gives none; all such requests share them."""
+    return Options(explain=explain)
 
 
 def _fit_method(method: type[Method], parameters: Mapping[str, Any]) -> Method:

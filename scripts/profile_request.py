@@ -29,7 +29,7 @@ from handler.decode import decode_image
 from handler.metrics import Meter, answer_of
 from handler.metrics import Step as MeteredStep
 from handler.prepare import Prepared, prepare_pictures
-from handler.reply import Maps, Reply, Result, render_results
+from handler.reply import Maps, Reply, Result, probabilities_of, render_results
 from handler.request import parse_request, read_correlation_id
 from handler.saliency import predict_and_explain
 from scripts.package import ROOT
@@ -74,12 +74,15 @@ def build_steps(handler: Any, context: Context, batch_size: int) -> dict[str, St
     pixels = torch.from_numpy(np.stack([one.questions[0].pixels for one in prepared])[:, None])
     targets = [(None,)] * batch_size
     logits, explanations = predict_and_explain(handler.differentiable, pixels, targets)
+    probabilities = probabilities_of(logits)
 
     def result(index: int, one: Prepared) -> Result:
         explanation, question = explanations[index], one.questions[0]
         assert explanation is not None
         maps = Maps(explanation.classes, explanation.maps.squeeze(1))
-        return Result(question.options, logits[index], maps, question.describe_preparation(), question.pixels)
+        return Result(
+            question.options, logits[index], probabilities[index], maps, question.describe_preparation(), question.pixels
+        )
 
     results = [result(index, one) for index, one in enumerate(prepared)]
 

@@ -1,14 +1,17 @@
 """The trust boundary: good pictures come out exact, hostile ones as client errors."""
 
+import re
 import struct
 import zlib
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
+from handler import decode
 from handler.decode import ACCEPTED_FORMATS, MAX_PIXELS, MAX_SIDE, MAX_STEPS, DecodingBudget, decode_image, decode_numbers
 from handler.errors import ClientError, ImageTooLarge, InvalidPixel, UnreadableImage, WrongShape
 from tests.conftest import DIGIT_FILES
@@ -313,3 +316,41 @@ def test_foreign_errors_are_chained() -> None:
     with pytest.raises(ClientError) as caught:
         decode_image(GOOD_PNG[:-40])
     assert isinstance(caught.value.__cause__, OSError)
+
+
+def outcome_of(content: bytes) -> object:
+    """What comes of a file: its pixels, or the error's type and message."""
+    try:
+        return decode_image(content).grey.tolist()
+    except ClientError as error:
+        return type(error), error.message
+
+
+@pytest.mark.parametrize("file", DIGIT_FILES[:3], ids=lambda file: file.stem)
+def test_plain_png_is_read_as_pillow_reads_it_whatever_byte_is_wrong(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = file.read_bytes()
+    assert decode.PLAIN_PNG.match(good)
+    changed = [good[:at] + bytes([good[at] ^ flipped]) + good[at + 1 :] for at in range(len(good)) for flipped in (1, 0x80)]
+    cases = [good, good + b"more", *changed, *(good[:end] for end in range(len(good)))]
+    outcomes = [outcome_of(content) for content in cases]
+    monkeypatch.setattr(decode, "PLAIN_PNG", re.compile(rb"(?!)"))  # matches nothing
+    for content, outcome in zip(cases, outcomes, strict=True):
+        assert outcome == outcome_of(content)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (28, 28), (300, 200), (256, 256), (257, 256)], ids=str)
+def test_plain_png_of_any_size_and_row_filter_comes_out_exact(size: tuple[int, int]) -> None:
+    levels = np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)
+    levels[size[0] // 2 :] //= 8  # rows that other filters suit
+    np.testing.assert_array_equal(decode_image(encode(Image.fromarray(levels), "PNG")).grey, levels / np.float32(255))
+
+
+def test_plain_pngs_of_one_request_share_its_budget() -> None:
+    budget = DecodingBudget()
+    content = encode(Image.new("L", (200, 100)), "PNG")
+    assert decode.PLAIN_PNG.match(content)
+    decode_image(content, budget)
+    assert budget.pixels_left == MAX_PIXELS - 20_000
+    budget.take_pixels(MAX_PIXELS // 4000 - 6, 4000)
+    with pytest.raises(ImageTooLarge, match="in all images of a request together"):
+        decode_image(encode(Image.new("L", (200, 101)), "PNG"), budget)

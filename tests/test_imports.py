@@ -24,7 +24,10 @@ HANDLER_IMPORTS = {  # module -> the handler modules that it may import
     "archive": set[str](),
     "prepare": {"errors", "kserve", "request", "decode", "arrays", "canonical"},
     "metrics": {"errors", "methods", "prepare", "reply", "saliency"},
-    "digit_handler": {"errors", "request", "prepare", "reply", "describe", "saliency", "one_pass", "archive", "metrics"},
+    "worker_socket": set[str](),
+    "digit_handler": {
+        *("errors", "request", "prepare", "reply", "describe", "saliency", "one_pass", "archive", "metrics", "worker_socket"),
+    },
 }
 OUTSIDE = {  # package -> the only handler modules that may import it
     "ts": {"digit_handler"},

@@ -9,7 +9,7 @@ from handler.errors import WrongShape
 from handler.kserve import MAX_ID_CHARACTERS, MAX_PICTURES, Infer
 from handler.methods import GRADIENT, Aggregate, Baseline, GradientXInput, IntegratedGradients, Method, SmoothGrad
 from handler.prepare import MAX_MAPS
-from handler.reply import MAX_BATCH_BYTES, Maps, Reply, Result, fit_batch, render_results
+from handler.reply import MAX_BATCH_BYTES, Maps, Reply, Result, fit_batch, probabilities_of, render_results
 from handler.request import Options, ReplyFormat
 from scripts.serve import SERVE_CONFIG
 
@@ -21,7 +21,8 @@ def result(height: int, value: float = 0, method: Method = GRADIENT) -> Result:
     maps = Maps((3,), np.full((1, height, 28), value, np.float32), gaps)
     preparation = {"source": "PNG image", "steps": []}
     options = Options(explain=True, method=method)
-    return Result(options, np.arange(10, dtype=np.float32), maps, preparation, maps.saliency[0])
+    logits = np.arange(10, dtype=np.float32)
+    return Result(options, logits, probabilities_of(logits), maps, preparation, maps.saliency[0])
 
 
 @pytest.mark.parametrize(
