@@ -71,7 +71,8 @@ def test_field_may_be_changed_without_harm_to_the_next(ends: tuple[socket.socket
     receiver = PieceReceiver(receive)
     first = receiver(ours, 3)
     first[:] = b"xxxxxx"
-    assert (receiver(ours, 3), receiver(ours, 3)) == (b"one", b"two")
+    assert receiver(ours, 3) == b"one"
+    assert receiver(ours, 3) == b"two"
 
 
 @pytest.mark.parametrize("sent", [b"", b"par"], ids=["between fields", "within a field"])
