@@ -8,6 +8,7 @@ so that nothing is there before its turn.
 """
 
 import argparse
+import functools
 import importlib
 import logging
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -51,16 +53,21 @@ def look(archive: Path, folder: Path) -> Iterator[Row]:
     """
     yield _take("Python itself", lambda: None)
     for name, title in IMPORTS.items():
-        yield _take(title, lambda name=name: importlib.import_module(name))  # type: ignore[misc]
+        yield _take(title, functools.partial(importlib.import_module, name))
     from scripts.profile_request import WHOLE, build_steps, load_handler  # these import torch
 
     importlib.import_module("torch").set_num_threads(1)
-    loaded: list[tuple[object, object]] = []
+    loaded: list[tuple[Any, Any]] = []
     yield _take("the archive: network, one pass and its check", lambda: loaded.append(load_handler(archive, folder)))
     ((handler, context),) = loaded
     for size in BATCH_SIZES:
-        handle = build_steps(handler, context, size)[WHOLE]  # type: ignore[arg-type]
-        yield _take(f"{REPEATED} batches of {size}", lambda handle=handle: [handle() for _ in range(REPEATED)])
+        handle = build_steps(handler, context, size)[WHOLE]
+        yield _take(f"{REPEATED} batches of {size}", functools.partial(_repeat, handle))
+
+
+def _repeat(step: Callable[[], object]) -> None:
+    for _ in range(REPEATED):
+        step()
 
 
 def _take(title: str, step: Callable[[], object]) -> Row:
