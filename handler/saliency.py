@@ -146,12 +146,13 @@ def _explain_in_place(
 ) -> tuple[NDArray[np.floating], list[Explanation | None]]:
     """Score a batch, and explain its rows by methods that differentiate at the picture itself. All share the two passes."""
     # Rows with the most targets first, so that those that have a k-th target are always the first ones.
-    order = sorted(range(len(targets)), key=lambda row: -len(targets[row]))
+    counts = [len(row_targets) for row_targets in targets]
+    order = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)  # of equal rows the first stays the first
     is_sorted = order == list(range(len(order)))
-    asking = [row for row in order if targets[row]]
+    asking = [row for row in order if counts[row]]
     scores, saved = differentiable.score(pixels if is_sorted else pixels[order], len(asking))
     logits = scores.cpu().numpy()
-    if not np.isfinite(logits).all():
+    if np.count_nonzero(np.isfinite(logits)) != logits.size:
         raise FloatingPointError("the network returned a score that is not finite")
 
     explanations: list[Explanation | None] = [None] * len(targets)
@@ -164,15 +165,16 @@ def _explain_in_place(
         passes = []  # the k-th holds the gradients of the k-th targets of the first rows
         for k in range(len(classes[0])):
             chosen = [row_classes[k] for row_classes in classes if k < len(row_classes)]
-            cotangents = _basis(logits.shape[1], logits.dtype)[chosen]
+            cotangents = _basis(logits.shape[1], logits.dtype).take(chosen, axis=0)
             for place, method in own_methods.items():
                 weights = method.weigh(logits[place], chosen[place]) if place < len(chosen) else None
                 if weights is not None:
                     cotangents[place] = weights
             passes.append(differentiable.pull_back(saved, torch.from_numpy(cotangents).to(scores.device)).cpu().numpy())
+        first_gradients = passes[0][:, None]  # (M, 1, C, H, W)
         for place, row in enumerate(asking):
-            parts = [passes[k][place] for k in range(len(classes[place]))]
-            gradients = parts[0][None] if len(parts) == 1 else np.stack(parts)
+            count = counts[row]
+            gradients = first_gradients[place] if count == 1 else np.stack([passes[k][place] for k in range(count)])
             maps = own_methods[place].finish(gradients, pixels[row].cpu().numpy()) if place in own_methods else gradients
             explanations[row] = Explanation(classes[place], maps, gradients)
     if not is_sorted:
@@ -182,7 +184,7 @@ def _explain_in_place(
 
 @functools.lru_cache(maxsize=8)
 def _basis(size: int, dtype: np.dtype[Any]) -> NDArray[np.floating]:
-    """The unit vectors: (size, size). For looking up; indexing by a list copies."""
+    """The unit vectors: (size, size). For looking up; `take` copies."""
     return np.eye(size, dtype=dtype)
 
 
@@ -236,7 +238,7 @@ def _group(rows: Sequence[_SampledRow]) -> Iterator[list[_SampledRow]]:
 
 def _resolve(targets: Sequence[int | None], predicted: int, class_count: int) -> tuple[int, ...]:
     """Put the predicted class where None stands."""
-    classes = tuple(predicted if target is None else target for target in targets)
+    classes = tuple([predicted if target is None else target for target in targets])
     for target in classes:
         if not 0 <= target < class_count:
             raise IndexError(f"got class {target}; the network has the classes 0 to {class_count - 1}")

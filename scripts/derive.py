@@ -3,17 +3,18 @@
     python -m scripts.derive
 
 Forward and backward are traced from the network itself, as PyTorch differentiates it, into one graph of ATen operators. The graph
-is made cheaper by four rules that hold for every network, cut into what depends on the parameters alone, on the pixels, and on
-the cotangents, and written as three plain functions. `scripts.package` puts them into the archive as one_pass.py; a worker
-checks them against autograd before it uses them (`handler/one_pass.py`).
+is made cheaper by rules that hold for every network, a function each; cut into what depends on the parameters alone, on the
+pixels, and on the cotangents; and written as three plain functions. `scripts.package` puts them into the archive as one_pass.py;
+a worker checks them against autograd before it uses them (`handler/one_pass.py`).
 """
 
 import argparse
 import copy
+import functools
 import operator
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,9 +28,10 @@ from handler.saliency import freeze
 
 ROOT = Path(__file__).resolve().parent.parent
 TRACED_ROWS = 97  # in the batch of the trace: no size in a sane network, so that where it stands first it is the batch's
-MAX_FEW_CHANNELS = 4  # of an input: convolutions are slow where they give so few
+MAX_FEW_CHANNELS = 4  # of an input: convolutions are slow where they take or give so few
 ROWS = "row_count"  # what stands in its place in the source
 aten = torch.ops.aten
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 Shape = tuple[int, int, int]  # channels, height, width
 
@@ -90,7 +92,10 @@ def _trace(network: nn.Module, input_shape: Shape) -> fx.Graph:
 
     scoring = make_fx(score)(state, pixels)
     scoring.graph.eliminate_dead_code()
+    _scale_kernels(scoring.graph)
     _pool_before_relu(scoring.graph)
+    _flatten_with_channels_last(scoring.graph)
+    scoring.graph.eliminate_dead_code()
     scoring.recompile()
 
     def differentiate(
@@ -108,11 +113,27 @@ def _trace(network: nn.Module, input_shape: Shape) -> fx.Graph:
     _multiply_for_few_channels(graph)
     graph.eliminate_dead_code()
     _gather_instead_of_scatter(graph)
+    _unpool(graph)
+    _leave_layouts_open(graph)
     graph.eliminate_dead_code()
     return graph
 
 
-# --- the rules
+# --- rules for the scores, before they are differentiated; autograd makes the gradients accordingly
+
+
+def _scale_kernels(graph: fx.Graph) -> None:
+    """convolve(x / s, kernel) -> convolve(x, kernel / s), for a number s: the kernel is divided once, when it is loaded."""
+    by_pixels = _by_pixels(graph)
+    for node in graph.find_nodes(op="call_function", target=aten.convolution.default):
+        scaled, kernel = cast(Sequence[Any], node.args[:2])
+        if scaled.target not in (aten.div.Tensor, aten.mul.Tensor) or kernel in by_pixels:
+            continue
+        unscaled, number = scaled.args
+        if isinstance(number, fx.Node) and number not in by_pixels and number.meta["val"].dim() == 0:
+            with graph.inserting_before(node):
+                scaled_kernel = graph.call_function(scaled.target, (kernel, number))
+            node.args = (unscaled, scaled_kernel, *node.args[2:])
 
 
 def _pool_before_relu(graph: fx.Graph) -> None:
@@ -126,8 +147,31 @@ def _pool_before_relu(graph: fx.Graph) -> None:
         (pooled,) = pool.users  # the values; the indices have no user before there is a backward
         with graph.inserting_after(pooled):
             moved = graph.call_function(aten.relu.default, (pooled,))
+        moved.meta = pooled.meta
         pooled.replace_all_uses_with(moved, delete_user_cb=lambda user, moved=moved: user is not moved)
         graph.erase_node(relu)
+
+
+def _flatten_with_channels_last(graph: fx.Graph) -> None:
+    """flatten(x) @ weight -> x as it lies in memory @ weight with its rows in that order."""
+    by_pixels = _by_pixels(graph)
+    for product in [node for node in graph.nodes if node.target in (aten.addmm.default, aten.mm.default)]:
+        *bias, flat, weight = cast(Sequence[Any], product.args)
+        if flat.target not in RESHAPES or weight in by_pixels:
+            continue
+        picture = flat.args[0].args[0] if flat.args[0].target is aten.clone.default else flat.args[0]
+        shape = picture.meta["val"].shape
+        if len(shape) == 4 and flat.meta["val"].shape == (TRACED_ROWS, shape[1:].numel()):
+            _replace(product, functools.partial(_multiply_flat, shape=shape[1:]), picture, weight, *bias)
+
+
+def _multiply_flat(picture: torch.Tensor, weight: torch.Tensor, *bias: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    columns = weight.t().reshape(-1, *shape).permute(0, 2, 3, 1).flatten(1).t()  # (height * width * channels, K)
+    flat = picture.permute(0, 2, 3, 1).flatten(1)  # (N, height * width * channels), a view
+    return torch.addmm(bias[0], flat, columns) if bias else flat @ columns
+
+
+# --- rules for scores and gradients
 
 
 def _drop_aliases(graph: fx.Graph) -> None:
@@ -138,23 +182,57 @@ def _drop_aliases(graph: fx.Graph) -> None:
 
 
 def _multiply_for_few_channels(graph: fx.Graph) -> None:
-    """The gradient by the input of a convolution of few channels is a product of matrices, whose columns are then added up."""
+    """A convolution of few channels of stride 1 is a product of matrices, and so is the gradient by its input."""
+    for node in graph.find_nodes(op="call_function", target=aten.convolution.default):
+        pixels, kernel, bias, *how = cast(Sequence[Any], node.args)
+        if _has_few_channels(kernel, *how):
+            multiply = functools.partial(_convolve_by_product, padding=how[1], dilation=how[2])
+            _replace(node, multiply, pixels, kernel, *([] if bias is None else [bias]))
     for node in graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
-        gradient, pixels, kernel, _, stride, padding, dilation, transposed, _, groups, _ = cast(Sequence[Any], node.args)
-        if transposed or groups != 1 or kernel.meta["val"].dim() != 4 or kernel.meta["val"].shape[1] > MAX_FEW_CHANNELS:
-            continue
-        kernel_count, _, *size = list(kernel.meta["val"].shape)
-        with graph.inserting_before(node):
-            rows = graph.call_function(aten.reshape.default, (kernel, (kernel_count, -1)))
-            columns = graph.call_function(aten.t.default, (rows,))  # (channels * height * width of the kernel, kernels)
-            last = graph.call_function(aten.permute.default, (gradient, (0, 2, 3, 1)))  # a view, with channels last
-            flat = graph.call_function(aten.reshape.default, (last, (TRACED_ROWS, -1, kernel_count)))
-            product = graph.call_function(aten.matmul.default, (columns, graph.call_function(aten.transpose.int, (flat, 1, 2))))
-            added = graph.call_function(
-                aten.col2im.default, (product, list(pixels.meta["val"].shape[2:]), size, dilation, padding, stride)
-            )
-        for user in [user for user in node.users if user.args[1] == 0]:
-            user.replace_all_uses_with(added)
+        gradient, _, kernel, _, *how, _ = cast(Sequence[Any], node.args)
+        if _has_few_channels(kernel, *how):
+            multiply = functools.partial(_convolve_back_by_product, padding=how[1], dilation=how[2])
+            for user in [user for user in node.users if user.args[1] == 0]:
+                _replace(user, multiply, gradient, kernel)
+
+
+def _has_few_channels(kernel: fx.Node, stride: Sequence[int], *how: Any) -> bool:  # noqa: ANN401  # of many types
+    _, _, transposed, _, groups = how
+    shape = kernel.meta["val"].shape
+    return not transposed and groups == 1 and set(stride) == {1} and len(shape) == 4 and shape[1] <= MAX_FEW_CHANNELS
+
+
+def _convolve_by_product(
+    pixels: torch.Tensor, kernel: torch.Tensor, *bias: torch.Tensor, padding: Sequence[int], dilation: Sequence[int]
+) -> torch.Tensor:
+    """Each row of the right matrix is the picture, shifted: long runs of memory, which are copied fast."""
+    kernel_count, _, *size = kernel.shape
+    padded = torch.constant_pad_nd(pixels, (padding[1], padding[1], padding[0], padding[0]))
+    height, width = (length - (taps - 1) * step for length, taps, step in zip(padded.shape[2:], size, dilation, strict=True))
+    shifted = padded.unfold(2, height, dilation[0]).unfold(3, width, dilation[1])  # (N, C, *size, height, width), a view
+    windows = shifted.reshape(len(pixels), -1, height * width).transpose(1, 2)  # (N, height * width, C * taps)
+    columns = kernel.reshape(kernel_count, -1).t().contiguous().unsqueeze(0).expand(len(pixels), -1, -1)
+    product = torch.baddbmm(bias[0].reshape(1, 1, -1), windows, columns) if bias else torch.bmm(windows, columns)
+    return product.reshape(len(pixels), height, width, kernel_count).permute(0, 3, 1, 2)  # channels last
+
+
+def _convolve_back_by_product(
+    gradient: torch.Tensor, kernel: torch.Tensor, *, padding: Sequence[int], dilation: Sequence[int]
+) -> torch.Tensor:
+    """What each tap of the kernel adds to the pixels, for all taps at once; then the sum over the taps, each shifted."""
+    kernel_count, channels, *size = kernel.shape
+    top, left = ((taps - 1) * step - pad for taps, step, pad in zip(size, dilation, padding, strict=True))
+    padded = torch.constant_pad_nd(gradient, (left, left, top, top)) if top or left else gradient
+    rows = kernel.flip(2, 3).reshape(kernel_count, -1).t().contiguous().unsqueeze(0).expand(len(gradient), -1, -1)
+    by_tap = torch.bmm(rows, padded.reshape(len(gradient), kernel_count, -1))  # (N, C * taps, height * width)
+    by_tap = by_tap.reshape(len(gradient), channels, *size, *padded.shape[2:])
+    height, width = (length - (taps - 1) * step for length, taps, step in zip(padded.shape[2:], size, dilation, strict=True))
+    *batch, row_stride, column_stride, down, right = by_tap.stride()
+    shifted = by_tap.as_strided(  # tap (i, j) counts for pixel (y, x) where it stands at (y + i * dilation, x + j * dilation)
+        (len(gradient), channels, *size, height, width),
+        (*batch, row_stride + dilation[0] * down, column_stride + dilation[1] * right, down, right),
+    )
+    return shifted.reshape(len(gradient), channels, -1, height * width).sum(2).reshape(len(gradient), channels, height, width)
 
 
 def _gather_instead_of_scatter(graph: fx.Graph) -> None:
@@ -176,6 +254,43 @@ def _gather_instead_of_scatter(graph: fx.Graph) -> None:
             user.replace_all_uses_with(convolved)
 
 
+def _unpool(graph: fx.Graph) -> None:
+    """Where no two windows of a max pool overlap, its gradient is put where the maxima were: the pool's input is not needed."""
+    for node in graph.find_nodes(op="call_function", target=aten.max_pool2d_with_indices_backward.default):
+        gradient, pooled, size, stride, _, dilation, _, indices = cast(Sequence[Any], node.args)
+        if set(dilation) != {1} or any(step < length for step, length in zip(stride or size, size, strict=True)):
+            continue
+        with graph.inserting_before(node):
+            unpooled = graph.call_function(aten.max_unpool2d.default, (gradient, indices, list(pooled.meta["val"].shape[2:])))
+        node.replace_all_uses_with(unpooled)
+
+
+def _leave_layouts_open(graph: fx.Graph) -> None:
+    """Where the trace had a view or a copy, another device's layout may need the other: reshape takes what it needs."""
+    for node in [node for node in graph.nodes if node.target in RESHAPES]:
+        copied = node.args[0].target is aten.clone.default
+        node.args = (node.args[0].args[0] if copied else node.args[0], *node.args[1:])
+        node.target = aten.reshape.default
+
+
+# --- what the rules have in common
+
+
+def _by_pixels(graph: fx.Graph) -> set[fx.Node]:
+    """What depends on the pixels, in the graph of the scores."""
+    *_, pixels = graph.find_nodes(op="placeholder")
+    return _descendants([pixels], list(graph.nodes))
+
+
+def _replace(node: fx.Node, function: Callable[..., torch.Tensor], *inputs: fx.Node) -> None:
+    """Put the operators of a function of tensors in the place of a node."""
+    values = [given.meta["val"] for given in inputs]
+    traced = make_fx(function)(*(torch.empty_strided(value.shape, value.stride()) for value in values)).graph
+    with node.graph.inserting_before(node):
+        result = node.graph.graph_copy(traced, dict(zip(traced.find_nodes(op="placeholder"), inputs, strict=True)))
+    node.replace_all_uses_with(cast(fx.Node, result))
+
+
 # --- the source
 
 
@@ -188,7 +303,8 @@ def _write(graph: fx.Graph) -> str:
         raise ValueError(f"the trace holds {others[0]}, which is no operator")
     logits, gradients = cast(tuple[fx.Node, fx.Node], graph.output_node().args[0])
 
-    by_pixels, by_cotangents = _descendants(pixels, calls), _descendants(cotangents, calls)
+    repeated = [node for node in calls if any(_is_of_batch(argument) for argument in node.args)]  # for each row: no constants
+    by_pixels, by_cotangents = _descendants([pixels, *repeated], calls), _descendants([cotangents], calls)
     backward = [node for node in calls if node in by_cotangents]
     forward = [node for node in calls if node in by_pixels - by_cotangents]
     fold = [node for node in calls if node not in by_pixels | by_cotangents]
@@ -196,18 +312,16 @@ def _write(graph: fx.Graph) -> str:
     saved = _used([pixels, *forward], by=backward)
     return "\n\n".join(
         [
-            _write_function("fold(state)", {"state": state}, fold, _tuple(constants)),
-            _write_function("forward(constants, pixels)", {"constants": constants}, forward, f"{logits}, {_tuple(saved)}"),
-            _write_function(
-                "backward(constants, saved, cotangents)", {"constants": constants, "saved": saved}, backward, str(gradients)
-            ),
+            _write_function("fold", {"state": state}, None, fold, _list(constants)),
+            _write_function("forward", {"constants": constants}, "pixels", forward, f"{logits}, {_list(saved)}"),
+            _write_function("backward", {"constants": constants, "saved": saved}, "cotangents", backward, str(gradients)),
         ]
     )
 
 
-def _descendants(ancestor: fx.Node, calls: Sequence[fx.Node]) -> set[fx.Node]:
-    """What depends on a node, itself among it."""
-    found = {ancestor}
+def _descendants(ancestors: Sequence[fx.Node], calls: Sequence[fx.Node]) -> set[fx.Node]:
+    """What depends on any of some nodes, these among it."""
+    found = set(ancestors)
     for node in calls:  # in the order in which they are computed
         if found.intersection(node.all_input_nodes):
             found.add(node)
@@ -218,46 +332,52 @@ def _used(nodes: Sequence[fx.Node], *, by: Sequence[fx.Node]) -> list[fx.Node]:
     return [node for node in nodes if set(by).intersection(node.users)]
 
 
-def _write_function(signature: str, unpacked: Mapping[str, Sequence[fx.Node]], calls: Sequence[fx.Node], result: str) -> str:
-    lines = [f"def {signature}:"]
-    for name, nodes in unpacked.items():
-        lines.append(f"    {_tuple(nodes)} = {name}")
+def _write_function(
+    name: str, unpacked: Mapping[str, Sequence[fx.Node]], batch: str | None, calls: Sequence[fx.Node], result: str
+) -> str:
+    parameters = [f"{given}: list[torch.Tensor]" for given in unpacked] + ([f"{batch}: torch.Tensor"] if batch else [])
+    lines = [f"def {name}({', '.join(parameters)}):"]
+    lines += [f"    ({', '.join(map(str, nodes))},) = {given}" for given, nodes in unpacked.items() if nodes]
     written = [f"    {node} = {_write_call(node)}" for node in calls]
     if any(ROWS in line for line in written):
-        lines.append(f"    {ROWS} = len({signature.rstrip(')').split(', ')[-1]})")
+        lines.append(f"    {ROWS} = len({batch})")
     lines += written
     lines.append(f"    return {result}")
     return "\n".join(lines) + "\n"
 
 
-def _tuple(nodes: Sequence[fx.Node]) -> str:
-    return "(" + "".join(f"{node}, " for node in nodes).rstrip() + ")"
+def _list(nodes: Sequence[fx.Node]) -> str:
+    return f"[{', '.join(str(node) for node in nodes)}]"
 
 
 def _write_call(node: fx.Node) -> str:
+    """Write a call by PyTorch's binding of the operator, where there is one: that takes a third of the time."""
     arguments = [_write_argument(argument) for argument in node.args]
     if node.target is operator.getitem:
         return f"{arguments[0]}[{arguments[1]}]"
     arguments += [f"{name}={_write_argument(argument)}" for name, argument in node.kwargs.items()]
-    return f"{_operator_name(node.target)}({', '.join(arguments)})"
+    packet = cast(Any, node.target).overloadpacket
+    name = packet.__name__
+    for namespace, path in ((torch, "torch"), (torch._C._nn, "torch._C._nn")):
+        if hasattr(namespace, name):
+            return f"{path}.{name}({', '.join(arguments)})"
+    if hasattr(torch.Tensor, name):
+        return f"{arguments[0]}.{name}({', '.join(arguments[1:])})"
+    return f"torch.ops.{node.target}({', '.join(arguments)})"
+
+
+def _is_of_batch(argument: object) -> bool:
+    """Whether an argument is a shape whose first axis is the batch's rows."""
+    return isinstance(argument, (list, tuple)) and tuple(argument[:1]) == (TRACED_ROWS,)
 
 
 def _write_argument(argument: object) -> str:
     if isinstance(argument, (list, tuple)):
         members = [_write_argument(member) for member in argument]
-        if members and members[0] == str(TRACED_ROWS):
+        if _is_of_batch(argument):
             members[0] = ROWS
         return f"({', '.join(members)}{',' * (len(members) == 1)})"
     return str(argument) if isinstance(argument, fx.Node) else repr(argument)
-
-
-def _operator_name(overload: Any) -> str:  # noqa: ANN401  # torch.ops has no types
-    """Name an operator by PyTorch's binding of it, where there is one: calling that takes a third of the time."""
-    name = overload.overloadpacket.__name__
-    for namespace, path in ((torch, "torch"), (torch._C._nn, "torch._C._nn"), (torch.Tensor, "torch.Tensor")):
-        if hasattr(namespace, name):
-            return f"{path}.{name}"
-    return f"torch.ops.{overload}"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -48,6 +48,7 @@ VALUES: Mapping[str, Sequence[str]] = {  # of each setting, all that are tried; 
         "",
         "-XX:+UseSerialGC",
         "-XX:+UseSerialGC -Xms256m -XX:+AlwaysPreTouch",
+        "-XX:+UseSerialGC -Xms256m -XX:+AlwaysPreTouch -Dio.netty.allocator.maxOrder=7",
         "-XX:+UseSerialGC -Xmn256m",
         "-XX:+UseParallelGC",
         "-XX:+UseParallelGC -Xmx512m",
