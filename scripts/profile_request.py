@@ -9,6 +9,7 @@ step before it gave; all steps take turns, so that a slow moment hits all of the
 import argparse
 import json
 import logging
+import socket
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ import torch
 from tqdm import tqdm
 from ts.context import Context, RequestProcessor
 from ts.model_loader import ModelLoaderFactory
+from ts.protocol import otf_message_handler
 from ts.protocol.otf_message_handler import create_predict_response
 
 from handler.canonical import prepare
@@ -103,8 +105,16 @@ def build_steps(handler: Any, context: Context, batch_size: int) -> dict[str, St
         return replies
 
     replies = handle()
+    message = write_message(contents)
+    frontend, worker = socket.socketpair()
+
+    def receive() -> None:
+        frontend.sendall(message)
+        otf_message_handler.retrieve_msg(worker)
+
     ids = {index: f"{index:036}" for index in range(batch_size)}
     return {
+        "TorchServe's own taking apart of what is received (worker_socket.py)": receive,
         "read the request (request.py)": lambda: [parse_request(row, HEADERS, handler.class_count) for row in rows],
         "decode the PNG (decode.py)": lambda: [decode_image(content) for content in contents],
         "see that it is canonical (canonical.py)": lambda: [prepare(grey, height, width) for grey in pictures],
@@ -117,6 +127,18 @@ def build_steps(handler: Any, context: Context, batch_size: int) -> dict[str, St
         WHOLE: handle,
         "TorchServe's own packing of the replies": lambda: create_predict_response(replies, ids, "", 200, context),
     }
+
+
+def write_message(contents: Sequence[bytes]) -> bytes:
+    """Write a batch of requests as TorchServe's frontend sends it to a worker: each a raw body with HEADERS."""
+    end = (0xFFFFFFFF).to_bytes(4)
+
+    def text(content: bytes) -> bytes:
+        return len(content).to_bytes(4) + content
+
+    headers = b"".join(text(name.encode()) + text(value.encode()) for name, value in HEADERS.items()) + end
+    bodies = [text(b"body") + text(HEADERS["Content-Type"].encode()) + text(content) + end for content in contents]
+    return b"I" + b"".join(text(f"{index:036}".encode()) + headers + body for index, body in enumerate(bodies)) + end
 
 
 def time_steps(steps: dict[str, Step], seconds: float) -> dict[str, float]:
