@@ -4,7 +4,6 @@ TorchServe calls `initialize` once in a worker and `handle` once a batch. Every 
 whether it is a prediction or an explanation, of which classes, in which format, and whether it is an error.
 """
 
-import ctypes
 import logging
 import os
 import time
@@ -31,7 +30,7 @@ from handler.one_pass import ONE_PASS_FILE, load_one_pass
 from handler.prepare import MAX_GRADIENTS, Prepared, Question, prepare_pictures
 from handler.reply import Maps, Reply, Result, fit_batch, probabilities_of, render_description, render_error, render_results
 from handler.request import ROUTE_HEADER, is_describe_request, parse_request, read_correlation_id
-from handler.saliency import Explanation, compute_exactly, freeze, predict_and_explain
+from handler.saliency import Explanation, compute_exactly, freeze, keep_freed_memory, predict_and_explain
 from handler.worker_socket import PieceReceiver
 
 logger = logging.getLogger(__name__)
@@ -43,9 +42,6 @@ MAX_BATCH_SECONDS = 20
 
 # TorchServe puts an id of its own into every reply's X-Request-Id, over anything that stands there.
 CORRELATION_HEADER = "X-Correlation-Id"
-
-KEPT_BYTES = 32 * 1024 * 1024  # the most that glibc takes for M_MMAP_THRESHOLD
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 Inferred = tuple[NDArray[np.float32], NDArray[np.float64], Explanation | None]  # (K,) logits and probabilities, maps
 
@@ -66,7 +62,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         sums = verify_files(model_dir)
 
         compute_exactly()  # importing BaseHandler allows TF32 on newer GPUs; exact gradients are the product
-        _keep_freed_memory()
+        keep_freed_memory()
         _receive_in_pieces()
         if not settings.get("log_batches"):
             logging.getLogger().addFilter(_is_not_of_a_batch)
@@ -237,18 +233,6 @@ def _emitter(context: Context) -> Emit | None:
         counters[name].add_or_update(value, [context.model_name, *labels])
 
     return emit
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep up to KEPT_BYTES of freed memory, as the next batch needs as much.
-
-    By default it gives 128 KB and more back to the system at once, and the next batch has it faulted in again, page by page,
-    which takes a fifth of a small batch's time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # other C libraries have none
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
 
 
 def _receive_in_pieces() -> None:

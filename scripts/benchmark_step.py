@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from handler.archive import load_network
-from handler.saliency import freeze, predict_and_explain
+from handler.saliency import Explanation, freeze, keep_freed_memory, predict_and_explain
 from scripts.derive import derive_and_load
 from scripts.load_test import describe_machine
 from scripts.package import ROOT
@@ -43,7 +44,7 @@ MAX_MAP_DIFFERENCE = 1e-4  # logit per unit of intensity
 SAME_MAPS_SHARE = 0.9  # of the pictures; where two inputs of a max pool are equal but for rounding, either gradient is right
 PACKAGES = ("torch", "captum", "numpy")
 
-Way = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Way = Callable[[torch.Tensor, torch.Tensor], Any]  # gives a tensor; ours gives what the handler gets
 """Pixels, float32 (N, 1, 28, 28) in [0, 1], and targets, int64 (N,) -> logits (N, 10) or gradients (N, 1, 28, 28)."""
 
 
@@ -82,9 +83,8 @@ def build_ways() -> dict[str, Way]:
             logits: torch.Tensor = plain(pixels)
             return logits
 
-    def explain(pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        explanations = predict_and_explain(ours, pixels, [(None,)] * len(pixels))[1]
-        return torch.from_numpy(np.concatenate([explanation.maps for explanation in explanations if explanation is not None]))
+    def explain(pixels: torch.Tensor, _: torch.Tensor) -> list[Explanation | None]:
+        return predict_and_explain(ours, pixels, [(None,)] * len(pixels))[1]
 
     def differentiate(pixels: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         inputs = pixels.detach().requires_grad_()
@@ -129,12 +129,19 @@ def check_maps(ways: Mapping[str, Way], pixels: torch.Tensor, targets: torch.Ten
         ValueError: it is larger than MAX_MAP_DIFFERENCE.
     """
     expected = ways[AUTOGRAD](pixels, targets)
-    others = [ways[name](pixels, targets) for name in (OURS, CAPTUM) if name in ways]
+    others = [_stack(ways[name](pixels, targets)) for name in (OURS, CAPTUM) if name in ways]
     by_map = [(other - expected).abs().flatten(1).amax(dim=1) for other in others]  # (N,) each
     difference = max(float(values.quantile(SAME_MAPS_SHARE, interpolation="higher")) for values in by_map)
     if not difference <= MAX_MAP_DIFFERENCE:  # NaN is not
         raise ValueError(f"the ways differ by {difference:.2g} logit per unit of intensity at batch size {len(pixels)}")
     return difference
+
+
+def _stack(maps: torch.Tensor | list[Explanation]) -> torch.Tensor:
+    """Make one tensor (N, C, H, W) of what a way gave."""
+    if isinstance(maps, torch.Tensor):
+        return maps
+    return torch.from_numpy(np.concatenate([explanation.maps for explanation in maps]))
 
 
 def time_ways(ways: Mapping[str, Way], pixels: torch.Tensor, targets: torch.Tensor, *, seconds: float) -> list[Timing]:
@@ -199,6 +206,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--seconds", type=float, default=10.0, help="for each of the batch sizes")
+    parser.add_argument(
+        "--alone",
+        action="store_true",
+        help="only this service's way beside the forward: the processor's caches then hold what they hold in a busy worker",
+    )
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("build/benchmark"), help="where the reports go")
     return parser
 
@@ -207,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check, time, report. Returns the exit code: 1 where a way gives wrong gradients."""
     arguments = build_parser().parse_args(argv)
     torch.set_num_threads(1)
+    keep_freed_memory()  # as a worker does; it serves all ways alike
     timings: list[Timing] = []
     try:
         ways = build_ways()
@@ -214,7 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             pixels = make_batch(batch_size)
             targets = ways[FORWARD](pixels, torch.empty(0)).argmax(dim=1).clone()  # no inference tensor, which autograd refuses
             check_maps(ways, pixels, targets)
-            timings += time_ways(ways, pixels, targets, seconds=arguments.seconds)
+            timed = {name: ways[name] for name in (FORWARD, OURS)} if arguments.alone else ways
+            timings += time_ways(timed, pixels, targets, seconds=arguments.seconds)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -312,9 +312,13 @@ def _write(graph: fx.Graph) -> str:
     saved = _used([pixels, *forward], by=backward)
     return "\n\n".join(
         [
-            _write_function("fold", {"state": state}, None, fold, _list(constants)),
-            _write_function("forward", {"constants": constants}, "pixels", forward, f"{logits}, {_list(saved)}"),
-            _write_function("backward", {"constants": constants, "saved": saved}, "cotangents", backward, str(gradients)),
+            _write_function("fold", {"state": state}, None, fold, constants, _list(constants)),
+            _write_function(
+                "forward", {"constants": constants}, "pixels", forward, [logits, *saved], f"{logits}, {_list(saved)}"
+            ),
+            _write_function(
+                "backward", {"constants": constants, "saved": saved}, "cotangents", backward, [gradients], str(gradients)
+            ),
         ]
     )
 
@@ -333,12 +337,24 @@ def _used(nodes: Sequence[fx.Node], *, by: Sequence[fx.Node]) -> list[fx.Node]:
 
 
 def _write_function(
-    name: str, unpacked: Mapping[str, Sequence[fx.Node]], batch: str | None, calls: Sequence[fx.Node], result: str
+    name: str,
+    unpacked: Mapping[str, Sequence[fx.Node]],
+    batch: str | None,
+    calls: Sequence[fx.Node],
+    kept: Sequence[fx.Node],
+    result: str,
 ) -> str:
+    """Write a function that makes some calls, in which each tensor that is not kept is freed after its last use."""
     parameters = [f"{given}: list[torch.Tensor]" for given in unpacked] + ([f"{batch}: torch.Tensor"] if batch else [])
     lines = [f"def {name}({', '.join(parameters)}):"]
     lines += [f"    ({', '.join(map(str, nodes))},) = {given}" for given, nodes in unpacked.items() if nodes]
-    written = [f"    {node} = {_write_call(node)}" for node in calls]
+    written = []
+    for place, node in enumerate(calls):
+        written.append(f"    {node} = {_write_call(node)}")
+        later = {*kept, *(given for call in calls[place + 1 :] for given in call.all_input_nodes)}
+        done = [given for given in node.all_input_nodes if given in calls and given not in later]
+        if done:  # the next one that is as large then takes its memory, which caches still hold
+            written.append(f"    del {', '.join(map(str, done))}")
     if any(ROWS in line for line in written):
         lines.append(f"    {ROWS} = len({batch})")
     lines += written

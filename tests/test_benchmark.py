@@ -243,6 +243,19 @@ def test_step_is_timed_in_turns_and_reported(
     assert {timing["multiple_quartiles"][1] for timing in timings if timing["way"] == benchmark_step.FORWARD} == {1.0}
 
 
+def test_step_is_timed_beside_the_forward_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark_step, "BATCH_SIZES", (2,))
+    threads = torch.get_num_threads()
+    try:
+        assert benchmark_step.main(["--seconds", "0.01", "--alone", "--output", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows[2:]] == [benchmark_step.FORWARD, benchmark_step.OURS]
+
+
 def test_step_compares_nothing_that_gives_wrong_gradients() -> None:
     ways = build_ways()
     pixels = make_batch(3)
