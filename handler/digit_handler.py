@@ -20,6 +20,7 @@ from ts.context import Context
 from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.protocol import otf_message_handler
+from ts.service import PREDICTION_METRIC
 from ts.torch_handler.base_handler import BaseHandler
 
 from handler.archive import load_network, mean_pixel_of, verify_files
@@ -64,6 +65,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         compute_exactly()  # importing BaseHandler allows TF32 on newer GPUs; exact gradients are the product
         keep_freed_memory()
         _receive_in_pieces()
+        _write_no_prediction_time(context)
         if not settings.get("log_batches"):
             logging.getLogger().addFilter(_is_not_of_a_batch)
         if "torch_threads" in settings:
@@ -233,6 +235,18 @@ def _emitter(context: Context) -> Emit | None:
         counters[name].add_or_update(value, [context.model_name, *labels])
 
     return emit
+
+
+def _write_no_prediction_time(context: Context) -> None:
+    """Have TorchServe's worker not write its own metric, unless it is declared: the frontend would read and drop it.
+
+    That is a line for each batch, with the ids of all its requests, before any of them gets its reply.
+    """
+    if context.metrics is not None:
+        try:
+            context.metrics.get_metric(PREDICTION_METRIC, MetricTypes.GAUGE)
+        except MetricsCacheKeyError:
+            context.metrics.add_time = lambda *_arguments, **_options: None
 
 
 def _receive_in_pieces() -> None:

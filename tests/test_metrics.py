@@ -16,6 +16,7 @@ import yaml
 from torch import nn
 from ts.context import Context
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+from ts.service import Service
 
 from handler import metrics
 from handler.digit_handler import DigitHandler
@@ -40,7 +41,7 @@ from handler.metrics import (
 from handler.reply import Reply, probabilities_of, render_error
 from handler.saliency import Autograd, predict_and_explain
 from scripts.package import ROOT
-from tests.conftest import manifest_of
+from tests.conftest import DIGIT_FILES, manifest_of
 from tests.test_digit_handler import MIXED, answer
 
 METRICS_FILE = ROOT / "serve_config" / "metrics.yaml"
@@ -178,6 +179,30 @@ def test_without_a_declaration_nothing_is_counted_and_all_is_served(
     assert "nothing is counted; set metrics_config to a file that declares it" in caplog.text
     assert answer(handler, MIXED[:1], model_dir)[0][0] == 200
     assert "[METRICS]" not in caplog.text
+
+
+@pytest.mark.parametrize("declared", [False, True], ids=["left out", "declared"])
+def test_worker_writes_torchserves_own_metric_only_where_it_is_declared(
+    declared: bool, unpack: Callable[[], Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By TorchServe's own code, which writes it after each batch."""
+    declaration = yaml.safe_load(METRICS_FILE.read_text())
+    if declared:
+        prediction_time = {"name": "PredictionTime", "unit": "ms", "dimensions": ["ModelName", "Level"]}
+        declaration["model_metrics"].setdefault("gauge", []).append(prediction_time)
+    (tmp_path / "metrics.yaml").write_text(yaml.safe_dump(declaration))
+    cache = MetricsCacheYamlImpl(str(tmp_path / "metrics.yaml"))
+    cache.initialize_cache()
+    handler, model_dir = DigitHandler(), unpack()
+    service = Service("digits", str(model_dir), manifest_of(model_dir), handler.handle, None, 8, metrics_cache=cache)
+    service.set_cl_socket(None)
+    cache.model_name = "digits"
+    handler.initialize(service.context)
+    caplog.set_level(logging.INFO, logger="ts.metrics.caching_metric")
+    parameter = {"name": "body", "contentType": "image/png", "value": bytearray(DIGIT_FILES[0].read_bytes())}
+    reply = service.predict([{"requestId": b"an-id", "headers": [], "parameters": [parameter]}])
+    assert b'"digit":' in reply
+    assert ("[METRICS]PredictionTime.Milliseconds:" in caplog.text) == declared
 
 
 def test_counts_come_through_after_a_failure_to_emit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
