@@ -17,7 +17,7 @@ class PieceReceiver:
 
     def __init__(self, receive: Receive) -> None:
         """Take what TorchServe itself receives with, for large fields and for the end of the connection."""
-        self._receive = receive
+        self.by_fields = receive
         self._piece = bytearray()
         self._start = 0  # of what has not been asked for yet
 
@@ -33,11 +33,11 @@ class PieceReceiver:
     def _receive_more(self, connection: socket.socket, length: int) -> bytearray:
         piece, self._piece, self._start = self._piece[self._start :], bytearray(), 0
         if length - len(piece) > PIECE_BYTES:  # a large picture: nothing behind it is received
-            return piece + self._receive(connection, length - len(piece))
+            return piece + self.by_fields(connection, length - len(piece))
         while len(piece) < length:
             received = connection.recv(PIECE_BYTES)
             if not received:
-                return piece + self._receive(connection, length - len(piece))  # which finds the same
+                return piece + self.by_fields(connection, length - len(piece))  # which finds the same
             piece += received
         self._piece, self._start = piece, length
         return piece[:length]

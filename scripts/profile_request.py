@@ -107,14 +107,21 @@ def build_steps(handler: Any, context: Context, batch_size: int) -> dict[str, St
     replies = handle()
     message = write_message(contents)
     frontend, worker = socket.socketpair()
+    in_pieces = otf_message_handler._retrieve_buffer  # by now the handler's
 
     def receive() -> None:
         frontend.sendall(message)
         otf_message_handler.retrieve_msg(worker)
 
+    def receive_by_fields() -> None:
+        otf_message_handler._retrieve_buffer = in_pieces.by_fields
+        receive()
+        otf_message_handler._retrieve_buffer = in_pieces
+
     ids = {index: f"{index:036}" for index in range(batch_size)}
     return {
-        "TorchServe's own taking apart of what is received (worker_socket.py)": receive,
+        "receive it, in pieces (worker_socket.py)": receive,
+        "the same by fields, as TorchServe by itself does": receive_by_fields,
         "read the request (request.py)": lambda: [parse_request(row, HEADERS, handler.class_count) for row in rows],
         "decode the PNG (decode.py)": lambda: [decode_image(content) for content in contents],
         "see that it is canonical (canonical.py)": lambda: [prepare(grey, height, width) for grey in pictures],

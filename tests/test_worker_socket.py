@@ -13,7 +13,7 @@ from handler.worker_socket import PIECE_BYTES, PieceReceiver
 
 receive = otf_message_handler._retrieve_buffer  # TorchServe's own, unless a handler was loaded in this process
 if isinstance(receive, PieceReceiver):
-    receive = receive._receive
+    receive = receive.by_fields
 
 
 @pytest.fixture
