@@ -30,7 +30,7 @@ from scripts.package import MODEL_NAME, ROOT
 from scripts.serve import SERVE_CONFIG, Ports, ServeError, Settings, TorchServe, find_property, write_property
 
 NOTHING = "nothing"  # the setting of the first row
-WARM_UP_CONNECTIONS = 16
+WARM_UP_CONNECTIONS = 64
 WARM_UP_FACTOR = 4.0  # of a measurement's seconds, once for each server: its JVM compiles what it runs often
 PROPERTY_DEFAULTS = {"number_of_netty_threads": "0", "netty_client_threads": "0", "vmargs": ""}  # 0: TorchServe chooses
 

@@ -11,12 +11,11 @@ from mosec import Runtime, Server, Worker
 
 from scripts.peers.captum_answers import CaptumAnswers
 
-MAX_BATCH_SIZE = 16
 MAX_WAIT_MS = 1  # for neighbours, as in serve_config/model-config.yaml
 
 
 class Predictor(Worker):
-    """Predicts a batch."""
+    """Predicts a batch, or one picture where there are no batches."""
 
     explains = False
 
@@ -28,9 +27,11 @@ class Predictor(Worker):
         """The body is the picture."""
         return data
 
-    def forward(self, data: list[bytes]) -> list[bytes]:
-        """Answer each picture of a batch."""
-        return self.answers.answer(data, explain=self.explains)
+    def forward(self, data: bytes | list[bytes]) -> bytes | list[bytes]:
+        """Answer each picture of a batch; where at most one makes a batch, mosec gives that alone."""
+        if isinstance(data, list):
+            return self.answers.answer(data, explain=self.explains)
+        return self.answers.answer([data], explain=self.explains)[0]
 
     def serialize(self, data: bytes) -> bytes:
         """The answer is JSON already."""
@@ -47,14 +48,11 @@ def main() -> None:
     """Serve until a signal. mosec reads its own options from the command line."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--workers", type=int, default=2, help="processes a route")
-    workers = parser.parse_known_args()[0].workers
+    parser.add_argument("--max-batch-size", type=int, default=16, help="requests that share a pass; 1 is mosec's own default")
+    arguments = parser.parse_known_args()[0]
+    settings = {"num": arguments.workers, "max_batch_size": arguments.max_batch_size, "max_wait_time": MAX_WAIT_MS}
     server = Server()
-    server.register_runtime(
-        {
-            "/explain": [Runtime(Explainer, num=workers, max_batch_size=MAX_BATCH_SIZE, max_wait_time=MAX_WAIT_MS)],
-            "/predict": [Runtime(Predictor, num=workers, max_batch_size=MAX_BATCH_SIZE, max_wait_time=MAX_WAIT_MS)],
-        }
-    )
+    server.register_runtime({"/explain": [Runtime(Explainer, **settings)], "/predict": [Runtime(Predictor, **settings)]})
     server.run()
 
 

@@ -249,6 +249,16 @@ SYSTEMS: dict[str, System] = {
         ("mosec", "captum"),
         partial(_start_program, name="mosec", command=("scripts.peers.mosec_app", "--address", "127.0.0.1")),
     ),
+    "mosec-1": System(
+        "the same without batches, mosec's default",
+        Explains.PREDICTED,
+        ("mosec", "captum"),
+        partial(
+            _start_program,
+            name="mosec1",
+            command=("scripts.peers.mosec_app", "--address", "127.0.0.1", "--max-batch-size", "1"),
+        ),
+    ),
     "noop": System("TorchServe with a handler that does nothing", Explains.NOTHING, (), _start_noop),
 }
 
