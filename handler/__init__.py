@@ -15,7 +15,7 @@ One batch of requests flows through these modules, each of which knows only its 
       -> reply          JSON, npy or PNG bytes with their status and content type; by
          drawing          pictures and their maps -> a PNG
 
-`digit_handler` wires them into TorchServe's BaseHandler, whose worker receives by `worker_socket`; `archive` loads and checks
-what the archive carries; `describe` lists what the service takes and gives; `metrics` counts what happens; `errors` is the tree
-of errors that a client can get. This module imports nothing.
+`digit_handler` wires them into TorchServe's BaseHandler, whose worker receives by `worker_socket`; `memory` has it keep
+and give back what it frees; `archive` loads and checks what the archive carries; `describe` lists what the service takes and
+gives; `metrics` counts what happens; `errors` is the tree of errors that a client can get. This module imports nothing.
 """

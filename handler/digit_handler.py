@@ -26,12 +26,13 @@ from ts.torch_handler.base_handler import BaseHandler
 from handler.archive import load_network, mean_pixel_of, verify_files
 from handler.describe import describe_service
 from handler.errors import InternalError, Overloaded, ServiceError
+from handler.memory import IdleTrimmer, keep_freed_memory
 from handler.metrics import COUNTERS, Emit, Meter, Series, Step, TimedPasses, answer_of
 from handler.one_pass import ONE_PASS_FILE, load_one_pass
 from handler.prepare import MAX_GRADIENTS, Prepared, Question, prepare_pictures
 from handler.reply import Maps, Reply, Result, fit_batch, probabilities_of, render_description, render_error, render_results
 from handler.request import ROUTE_HEADER, is_describe_request, parse_request, read_correlation_id
-from handler.saliency import Explanation, compute_exactly, freeze, keep_freed_memory, predict_and_explain
+from handler.saliency import Explanation, compute_exactly, freeze, predict_and_explain
 from handler.worker_socket import PieceReceiver
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         self.differentiable = load_one_pass(model_dir / ONE_PASS_FILE, self.model, self.input_shape)
         self.manifest = context.manifest
         self.meter = Meter(self.class_count, _emitter(context))
+        self.trimmer = IdleTrimmer()
         self.initialized = True
         logger.info("serving %s on %s", self.model_description, self.device)
 
@@ -129,6 +131,7 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                     *(correlation_id, context.get_request_id(index), answers[index].kind, answers[index].method),
                     *(reply.status, reply.error),
                 )
+        self.trimmer.note_work()
         return [reply.body for reply in replies]
 
     def _prepare(self, row: object, headers: dict[str, object]) -> Prepared | Reply:

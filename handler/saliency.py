@@ -6,7 +6,6 @@ Knows torch and numpy, and nothing of HTTP, images or TorchServe, so that a batc
     ... = predict_and_explain(freeze(network), pixels, targets, methods=[GRADIENT, GRADIENT, SmoothGrad(samples=50)])
 """
 
-import ctypes
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from handler.methods import Gradient, Method, Sampled, SamplingMethod
 # At which sampling methods differentiate at once, so that memory stays bounded. What 64 take stays in a CPU's caches: 256 at once
 # need a third longer.
 MAX_POINTS = 64
-KEPT_BYTES = 32 * 1024 * 1024  # the most that glibc takes for M_MMAP_THRESHOLD
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +89,6 @@ def compute_exactly() -> None:
     cuda, mkldnn = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn), backends.mkldnn
     for switch in (backends, *cuda, mkldnn.matmul, mkldnn.conv, mkldnn.rnn):
         switch.fp32_precision = "ieee"
-
-
-def keep_freed_memory() -> None:
-    """Have this process's glibc keep up to KEPT_BYTES of freed memory, as the next batch needs as much.
-
-    By default it gives 128 KB and more back to the system at once, and the next batch has it faulted in again, page by page,
-    which takes a fifth of a small batch's time.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # other C libraries have none
-        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
 
 
 def predict_and_explain(

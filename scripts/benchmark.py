@@ -48,6 +48,7 @@ CHECKING_CONNECTIONS = 16
 MAX_MAP_DIFFERENCE = 1e-4  # logit per unit of intensity
 SAME_MAPS_SHARE = 0.9  # of the pictures; where two inputs of a max pool are equal but for rounding, either gradient is right
 TIMEOUT_S = 30
+IDLE_S = 3.0  # after all load, until memory is looked at
 PACKAGES = ("torch", "torchserve", "captum", "fastapi", "uvicorn", "mosec", "numpy", "orjson")
 
 
@@ -83,10 +84,11 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Memory of one worker after all load, in MiB: resident, and of it what it shares with no other process."""
+    """Memory of one worker after all load, in MiB: resident, of it its own alone, and the most that was resident till then."""
 
     rss_mib: float
     uss_mib: float
+    peak_mib: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,7 @@ GOALS = (
     Goal("p50 of a lone client's explanation, against a handler that does nothing", "explain_p50_ms", ("noop",), 1.6),
     Goal("predictions/s, against a handler that does nothing", "predict_rate", ("noop",), 0.7),
     Goal("a worker's resident memory, against a handler that does nothing", "rss_mib", ("noop",), 1.15),
+    Goal("the same at its peak", "peak_mib", ("noop",), None),
 )
 
 
@@ -167,7 +170,7 @@ class Results:
 
         Args:
             quantity: "explain_rate" or "predict_rate": replies a second with the best of the numbers of connections;
-                "explain_p50_ms" or "predict_p50_ms": of a lone client; "rss_mib" or "uss_mib".
+                "explain_p50_ms" or "predict_p50_ms": of a lone client; "rss_mib", "uss_mib" or "peak_mib".
         """
         if quantity.endswith("_mib"):
             return [float(getattr(self.memory[system], quantity))]
@@ -352,7 +355,7 @@ COLUMNS = (
     "explanation, a lone client's p50, ms",
     "predictions/s",
     "prediction, a lone client's p50, ms",
-    "worker, MiB resident (own)",
+    "worker, MiB resident (own; at its peak)",
     "ready after, s",
     "errors",
 )
@@ -372,7 +375,7 @@ def render_table(results: Results) -> str:
                 _cell(results, name, "explain_p50_ms", ".2f"),
                 _cell(results, name, "predict_rate", ",.0f"),
                 _cell(results, name, "predict_p50_ms", ".2f"),
-                f"{memory.rss_mib:.0f} ({memory.uss_mib:.0f})",
+                f"{memory.rss_mib:.0f} ({memory.uss_mib:.0f}; {memory.peak_mib:.0f})",
                 f"{results.ready_s[name]:.1f}",
                 str(results.error_count(name)),
             ]
@@ -418,7 +421,7 @@ def render_report(results: Results, conditions: Mapping[str, Any]) -> str:
             f"Replies/s are those of the best of {', '.join(map(str, BUSY_CONNECTIONS))} connections. "
             "Median (least - largest) over the rounds; ratios are taken within a round. "
             f"Workers a system: {conditions['workers']}, with one thread of torch each where nothing else is said; no GPU. "
-            "Raw 28x28 PNG in, JSON out. A worker's memory is looked at after all load. "
+            f"Raw 28x28 PNG in, JSON out. A worker's memory is looked at {IDLE_S:g} s after all load. "
             f"The load generator took at most {busiest.generator_cpu_share:.0%} of a core (on {busiest.system}).",
             "",
             render_table(results),
@@ -541,6 +544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             measurements = measure(
                 running, pictures, rounds=arguments.rounds, warm_up_rounds=arguments.warm_up_rounds, seconds=arguments.seconds
             )
+            time.sleep(IDLE_S)
             memory = {name: Memory(*worker_memory_mib(one)) for name, one in running.items()}
         results = Results(measurements, memory, {name: one.ready_s for name, one in running.items()})
         report, summary = render_report(results, conditions), summarize(results)

@@ -25,7 +25,8 @@ from torch import nn
 from tqdm import tqdm
 
 from handler.archive import load_network
-from handler.saliency import Explanation, freeze, keep_freed_memory, predict_and_explain
+from handler.memory import keep_freed_memory
+from handler.saliency import Explanation, freeze, predict_and_explain
 from scripts.derive import derive_and_load
 from scripts.load_test import describe_machine
 from scripts.package import ROOT

@@ -30,7 +30,7 @@ MIB = 2**20
 BLOCKS = 10  # of the window, whose means the slope goes through
 CONFIDENCE = 0.95
 # MiB/h, below which the upper end of a slope's interval has to be: growth is ruled out, not merely unproven. In half an hour that
-# is 32 MiB, as much as the allocator may keep of what was freed (KEPT_BYTES in handler/saliency.py), in steps at any time. A
+# is 32 MiB, as much as the allocator may keep of what was freed (KEPT_BYTES in handler/memory.py), in steps at any time. A
 # leak of 200 bytes a request is 69 MiB/h at 100 requests a second.
 MAX_SLOPE_MIB_PER_HOUR = 64.0
 MAX_P99_GROWTH = 1.10

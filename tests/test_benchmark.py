@@ -56,7 +56,12 @@ def results() -> Results:
                 measured(index, system, "predict", 1, 120, 0.5),
                 measured(index, system, "predict", 64, 6000),
             ]
-    memory = {"ours": Memory(575, 300), "stock-1": Memory(700, 400), "stock-8": Memory(720, 410), "noop": Memory(500, 280)}
+    memory = {
+        "ours": Memory(575, 300, 600),
+        "stock-1": Memory(700, 400, 720),
+        "stock-8": Memory(720, 410, 740),
+        "noop": Memory(500, 280, 500),
+    }
     return Results(tuple(measurements), memory, {"ours": 10.0, "stock-1": 11.0, "stock-8": 12.0, "noop": 9.0})
 
 
@@ -76,6 +81,7 @@ def test_latency_is_the_lone_clients(results: Results) -> None:
         pytest.param("explain_rate", "noop", [0.5, 0.25], False, id="a median that just falls short"),
         pytest.param("explain_p50_ms", "noop", [1.5, 2.0], False, id="latency, where less is better"),
         pytest.param("predict_rate", "noop", [1.0, 1.0], True, id="the other route"),
+        pytest.param("peak_mib", "noop", [1.2], None, id="memory at its peak, without a bound"),
         pytest.param("rss_mib", "noop", [1.15], True, id="memory, looked at once, exactly at the bound"),
     ],
 )
@@ -100,7 +106,7 @@ def test_ratio_without_a_bound_is_neither_reached_nor_missed(results: Results) -
     assert goal.is_reached(3.0) is None
     tuned = [dataclasses.replace(one, system="stock-tuned") for one in results.measurements if one.system == "stock-1"]
     ready_s = {**results.ready_s, "stock-tuned": 1.0}
-    memory = {**results.memory, "stock-tuned": Memory(700, 400)}
+    memory = {**results.memory, "stock-tuned": Memory(700, 400, 720)}
     more = dataclasses.replace(results, measurements=(*results.measurements, *tuned), ready_s=ready_s, memory=memory)
     assert f"| {goal.title} | 50.00 |  |  |" in render_table(more)
 
@@ -121,7 +127,7 @@ def test_table_names_every_system_also_those_that_are_missing(results: Results, 
     monkeypatch.setitem(SYSTEMS, "fastapi", dataclasses.replace(SYSTEMS["fastapi"], needs=()))
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in render_table(results).splitlines()}
     assert rows["this service"] == (
-        "| this service | 4,000 (3,000 - 5,000) | 1.95 (1.50 - 2.40) | 6,000 | 0.50 | 575 (300) | 10.0 | 0 |"
+        "| this service | 4,000 (3,000 - 5,000) | 1.95 (1.50 - 2.40) | 6,000 | 0.50 | 575 (300; 600) | 10.0 | 0 |"
     )
     assert "| not installed (no_such_package) |" in rows[SYSTEMS["mosec"].title]
     assert "| not asked for |" in rows[SYSTEMS["fastapi"].title]

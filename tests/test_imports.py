@@ -25,8 +25,10 @@ HANDLER_IMPORTS = {  # module -> the handler modules that it may import
     "prepare": {"errors", "kserve", "request", "decode", "arrays", "canonical"},
     "metrics": {"errors", "methods", "prepare", "reply", "saliency"},
     "worker_socket": set[str](),
+    "memory": set[str](),
     "digit_handler": {
         *("errors", "request", "prepare", "reply", "describe", "saliency", "one_pass", "archive", "metrics", "worker_socket"),
+        "memory",
     },
 }
 OUTSIDE = {  # package -> the only handler modules that may import it

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from handler.saliency import KEPT_BYTES
+from handler.memory import KEPT_BYTES
 from scripts.load import RECORD, Failure, Samples
 from scripts.load_test import LoadTestError
 from scripts.soak_report import (

@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -263,19 +264,21 @@ SYSTEMS: dict[str, System] = {
 }
 
 
-def worker_memory_mib(running: Running) -> tuple[float, float]:
+def worker_memory_mib(running: Running) -> tuple[float, float, float]:
     """Memory of one worker: of the system's largest process that is no JVM.
 
     Returns:
-        MiB that are resident, with the pages of libraries that workers share; MiB that are its own alone.
+        MiB that are resident, with the pages of libraries that workers share; MiB that are its own alone; the most MiB that were
+        resident at any time, as Linux counts them.
     """
     workers = []
     for process in running.processes():
         with contextlib.suppress(psutil.Error):
             if process.name() != "java":
-                workers.append(process.memory_full_info())
-    largest = max(workers, key=lambda memory: memory.rss)
-    return largest.rss / 2**20, largest.uss / 2**20
+                workers.append((process.memory_full_info(), process.pid))
+    largest, pid = max(workers, key=lambda worker: worker[0].rss)
+    (peak_kib,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return largest.rss / 2**20, largest.uss / 2**20, int(peak_kib) / 2**10
 
 
 def read_digit(reply: object) -> int:
