@@ -69,6 +69,8 @@ class Measurement:
         p50_ms, p99_ms: latency.
         error_counts: requests without a good reply, by kind.
         generator_cpu_share: of one core that the load generator itself took; near 1 it, and not the system, is the limit.
+        worker_cpu_us: processor time a request of all processes but a JVM.
+        frontend_cpu_us: of the JVM, which is TorchServe's frontend; 0 where there is none.
     """
 
     round_index: int
@@ -80,6 +82,13 @@ class Measurement:
     p99_ms: float
     error_counts: dict[str, int]
     generator_cpu_share: float
+    worker_cpu_us: float
+    frontend_cpu_us: float
+
+    @property
+    def generator_cpu_us(self) -> float:
+        """Processor time a good reply of the load generator."""
+        return self.generator_cpu_share / self.rate * 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +245,7 @@ def _measure_once(
 ) -> Measurement:
     path = running.path(route)
     calls = [build_call(route, running.address, path, picture, HEADERS) for picture in pictures]
+    before = running.cpu_seconds()
     samples = run_closed(
         running.address,
         calls,
@@ -244,12 +254,16 @@ def _measure_once(
         warm_up_s=seconds * WARM_UP_SHARE,
         timeout_s=TIMEOUT_S,
     )
+    worker_us, frontend_us = (
+        1e6 * (end - start) / len(samples.records) for start, end in zip(before, running.cpu_seconds(), strict=True)
+    )
     p50_ms, p99_ms = samples.latency_quantiles_ms((0.5, 0.99)).tolist()
     if math.isnan(p50_ms):
         problem = samples.error_counts or "give it more --seconds"
         raise BenchmarkError(f"{name} gave no good reply to {route} over {connections} connections: {problem}")
     return Measurement(
-        round_index, name, route, connections, samples.served_rate, p50_ms, p99_ms, samples.error_counts, samples.cpu_share
+        *(round_index, name, route, connections, samples.served_rate, p50_ms, p99_ms),
+        *(samples.error_counts, samples.cpu_share, worker_us, frontend_us),
     )
 
 
@@ -396,6 +410,21 @@ def render_table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def render_costs(results: Results) -> str:
+    """Write whose processor time a request is made of, at the most connections, as Markdown: medians over the rounds."""
+    parts = {"workers": "worker_cpu_us", "JVM": "frontend_cpu_us", "load generator": "generator_cpu_us"}
+    columns = ["system", *(f"{route}: {part}" for route in ROUTES for part in parts)]
+    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
+    for name in results.ready_s:
+        cells = []
+        for route in ROUTES:
+            own = [one for one in results.measurements if (one.system, one.route) == (name, route)]
+            busiest = [one for one in own if one.connections == max(one.connections for one in own)]
+            cells += [f"{median(getattr(one, part) for one in busiest):.0f}" for part in parts.values()]
+        lines.append(f"| {SYSTEMS[name].title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _cell(results: Results, system: str, quantity: str, number_format: str) -> str:
     return _spread_text(Spread.of(results.by_round(system, quantity)), number_format)
 
@@ -425,6 +454,10 @@ def render_report(results: Results, conditions: Mapping[str, Any]) -> str:
             f"The load generator took at most {busiest.generator_cpu_share:.0%} of a core (on {busiest.system}).",
             "",
             render_table(results),
+            "",
+            f"Processor time a request over {BUSY_CONNECTIONS[-1]} connections, microseconds (medians):",
+            "",
+            render_costs(results),
             "",
         ]
     )

@@ -148,13 +148,20 @@ def write_message(contents: Sequence[bytes]) -> bytes:
     return b"I" + b"".join(text(f"{index:036}".encode()) + headers + body for index, body in enumerate(bodies)) + end
 
 
-def time_steps(steps: dict[str, Step], seconds: float) -> dict[str, float]:
-    """Median time of one call of each step, in microseconds; all take turns."""
+def time_steps(steps: dict[str, Step], seconds: float, pause: float = 0.0) -> dict[str, float]:
+    """Median time of one call of each step, in microseconds; all take turns.
+
+    Args:
+        seconds: for all of them.
+        pause: seconds before each call in which this process does nothing, as a worker of a lone client.
+    """
     durations_us: dict[str, list[float]] = {name: [] for name in steps}
     deadline = time.perf_counter() + seconds
     with tqdm(desc="turns", unit="turn", disable=None) as progress:
         while time.perf_counter() < deadline:
             for name, step in steps.items():
+                if pause:
+                    time.sleep(pause)
                 started = time.perf_counter()
                 step()
                 durations_us[name].append((time.perf_counter() - started) * 1e6)
@@ -189,6 +196,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--archive", type=Path, default=ROOT / "build" / "digits.mar")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=5.0, help="for each batch size")
+    parser.add_argument(
+        "--pause", type=float, default=0.0, help="seconds of sleep before each step, as between a lone client's requests"
+    )
     return parser
 
 
@@ -199,7 +209,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         handler, context = load_handler(arguments.archive, Path(folder))
         logging.disable(logging.INFO)
-        medians_us = {size: time_steps(build_steps(handler, context, size), arguments.seconds) for size in arguments.batch_sizes}
+        medians_us = {
+            size: time_steps(build_steps(handler, context, size), arguments.seconds, arguments.pause)
+            for size in arguments.batch_sizes
+        }
     print(render_table(medians_us))
     return 0
 

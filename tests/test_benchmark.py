@@ -20,6 +20,7 @@ from scripts.benchmark import (
     Results,
     Spread,
     dithered,
+    render_costs,
     render_table,
     require_same_digits,
     require_same_maps,
@@ -33,7 +34,7 @@ GOAL = {(goal.quantity, goal.others[0]): goal for goal in GOALS}
 
 
 def measured(round_index: int, system: str, route: str, connections: int, rate: float, p50_ms: float = 1.0) -> Measurement:
-    return Measurement(round_index, system, route, connections, rate, p50_ms, 9 * p50_ms, {}, 0.5)
+    return Measurement(round_index, system, route, connections, rate, p50_ms, 9 * p50_ms, {}, 0.5, 300 + connections, 100)
 
 
 @pytest.fixture
@@ -109,6 +110,18 @@ def test_ratio_without_a_bound_is_neither_reached_nor_missed(results: Results) -
     memory = {**results.memory, "stock-tuned": Memory(700, 400, 720)}
     more = dataclasses.replace(results, measurements=(*results.measurements, *tuned), ready_s=ready_s, memory=memory)
     assert f"| {goal.title} | 50.00 |  |  |" in render_table(more)
+
+
+def test_costs_are_those_at_the_most_connections(results: Results) -> None:
+    rows = [line.strip("| ").split(" | ") for line in render_costs(results).splitlines()]
+    assert rows[0][1:] == [
+        f"{route}: {part}" for route in ("explain", "predict") for part in ("workers", "JVM", "load generator")
+    ]
+    ours = dict(zip(rows[0], next(row for row in rows if row[0] == "this service"), strict=True))
+    assert (ours["explain: workers"], ours["explain: JVM"]) == ("332", "100")  # of 32 connections
+    assert ours["predict: workers"] == "364"  # of 64
+    # Half a core at 5,000 and at 2,400 replies a second.
+    assert ours["explain: load generator"] == f"{(0.5e6 / 5000 + 0.5e6 / 2400) / 2:.0f}"
 
 
 def test_spread_is_median_least_and_largest() -> None:

@@ -85,6 +85,15 @@ class Running:
         """Where "explain" or "predict" is posted."""
         return {"explain": self.explain_path, "predict": self.predict_path}[route]
 
+    def cpu_seconds(self) -> tuple[float, float]:
+        """Processor time that its processes have had so far: of all but a JVM, and of a JVM."""
+        seconds = {False: 0.0, True: 0.0}
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                used = process.cpu_times()
+                seconds[process.name() == "java"] += used.user + used.system
+        return seconds[False], seconds[True]
+
 
 @dataclass(frozen=True, slots=True)
 class System:

@@ -43,6 +43,7 @@ def test_benchmark_measures_and_reports(
     assert len(content["measurements"]) == len(loads)
     assert all(one["rate"] > 0 and 0 < one["p50_ms"] <= one["p99_ms"] for one in content["measurements"])
     assert all(one["error_counts"] == {} for one in content["measurements"])
+    assert all(20 < one["worker_cpu_us"] < 100_000 and 20 < one["frontend_cpu_us"] < 100_000 for one in content["measurements"])
     assert all(100 < content["memory"][system]["rss_mib"] < 4000 for system in ("ours", "noop"))
     ours = content["memory"]["ours"]
     assert ours["uss_mib"] < ours["rss_mib"] <= ours["peak_mib"]

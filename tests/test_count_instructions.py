@@ -1,0 +1,35 @@
+"""What is counted is what is served; counting itself needs valgrind and minutes, and is PyTorch's own."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from handler.one_pass import ONE_PASS_FILE
+from handler.saliency import predict_and_explain
+from scripts.benchmark_step import FORWARD, OURS, make_batch
+from scripts.count_instructions import prepare_call, render_table
+from scripts.derive import derive_one_pass
+
+
+def test_calls_score_and_explain(network: nn.Module, tmp_path: Path) -> None:
+    file = tmp_path / ONE_PASS_FILE
+    file.write_text(derive_one_pass(network, (1, 28, 28)))
+    logits, explanations = predict_and_explain(network, make_batch(3), [(None,)] * 3)
+    scored = prepare_call(FORWARD, str(file), 3)()
+    assert isinstance(scored, torch.Tensor)
+    np.testing.assert_allclose(scored, logits, atol=1e-4)
+    own_logits, own_explanations = prepare_call(OURS, str(file), 3)()  # type: ignore[misc]  # what each way gives is its own
+    np.testing.assert_allclose(own_logits, logits, atol=1e-4)
+    for own, expected in zip(own_explanations, explanations, strict=True):
+        assert expected is not None
+        np.testing.assert_allclose(own.maps, expected.maps, atol=1e-4)
+
+
+def test_counts_are_given_as_multiples_of_the_forward() -> None:
+    table = render_table({FORWARD: {1: 2_000_000, 8: 11_000_000}, OURS: {1: 3_000_000, 8: 10_000_000}})
+    assert table.splitlines()[2:] == [
+        f"| {FORWARD} | 2.00 (1.000) | 11.00 (1.000) |",
+        f"| {OURS} | 3.00 (1.500) | 10.00 (0.909) |",
+    ]
