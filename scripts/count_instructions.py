@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from handler.archive import import_file, load_network
 from handler.one_pass import ONE_PASS_FILE, OnePass
 from handler.saliency import freeze, predict_and_explain
 from scripts.benchmark_step import FORWARD, OURS, make_batch
-from scripts.derive import derive_one_pass
+from scripts.derive import Shape, derive_one_pass
 from scripts.measure_load import read_count
 from scripts.package import ROOT
 
@@ -44,6 +45,7 @@ def prepare_call(way: str, one_pass: str, batch_size: int) -> Callable[[], objec
     """
     network = freeze(load_network(ROOT / "model" / "network.py", ROOT / "model" / "weights.safetensors"))
     pixels = make_batch(batch_size)
+    call: Callable[[], object]
     if way == OURS:
         call = functools.partial(
             predict_and_explain, OnePass(import_file(Path(one_pass)), network), pixels, [(None,)] * batch_size
@@ -67,11 +69,13 @@ def count(batch_sizes: Sequence[int]) -> dict[str, dict[int, int]]:
     with tempfile.TemporaryDirectory(prefix="count-instructions-") as folder:
         one_pass = Path(folder) / ONE_PASS_FILE
         network = load_network(ROOT / "model" / "network.py", ROOT / "model" / "weights.safetensors")
-        one_pass.write_text(derive_one_pass(network, network.INPUT_SHAPE))
+        one_pass.write_text(derive_one_pass(network, cast(Shape, network.INPUT_SHAPE)))
         cases = [(batch_size, way) for batch_size in batch_sizes for way in counts]
         for batch_size, way in tqdm(cases, unit="count", disable=None):
             setup = SETUP.format(root=str(ROOT), way=way, one_pass=str(one_pass), batch_size=batch_size)
-            stats = Timer("call()", setup).collect_callgrind(number=1, collect_baseline=False)
+            stats = Timer("call()", setup).collect_callgrind(
+                number=1, repeats=None, collect_baseline=False, retain_out_file=False
+            )
             counts[way][batch_size] = stats.counts()
     return counts
 

@@ -1,13 +1,15 @@
 """What is counted is what is served; counting itself needs valgrind and minutes, and is PyTorch's own."""
 
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from handler.one_pass import ONE_PASS_FILE
-from handler.saliency import predict_and_explain
+from handler.saliency import Explanation, predict_and_explain
 from scripts.benchmark_step import FORWARD, OURS, make_batch
 from scripts.count_instructions import prepare_call, render_table
 from scripts.derive import derive_one_pass
@@ -20,7 +22,7 @@ def test_calls_score_and_explain(network: nn.Module, tmp_path: Path) -> None:
     scored = prepare_call(FORWARD, str(file), 3)()
     assert isinstance(scored, torch.Tensor)
     np.testing.assert_allclose(scored, logits, atol=1e-4)
-    own_logits, own_explanations = prepare_call(OURS, str(file), 3)()  # type: ignore[misc]  # what each way gives is its own
+    own_logits, own_explanations = cast(tuple[NDArray[np.float32], list[Explanation]], prepare_call(OURS, str(file), 3)())
     np.testing.assert_allclose(own_logits, logits, atol=1e-4)
     for own, expected in zip(own_explanations, explanations, strict=True):
         assert expected is not None
