@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from ts.context import Context
 from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
@@ -71,6 +72,8 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             logging.getLogger().addFilter(_is_not_of_a_batch)
         if "torch_threads" in settings:
             torch.set_num_threads(int(settings["torch_threads"]))
+            # numpy's BLAS has threads of its own, which after each product spin for a while on cores that others could use.
+            threadpool_limits(int(settings["torch_threads"]), user_api="blas")
         gpu = properties.get("gpu_id")
         self.device = torch.device(f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu")
         network = load_network(model_dir / manifest["modelFile"], model_dir / manifest["serializedFile"])

