@@ -175,14 +175,14 @@ def test_workers_on_another_device_than_asked_for_are_found_out(server: TorchSer
 
 
 def test_worker_has_the_archives_threads(server: TorchServe, device: str) -> None:
-    """Torch's own pool would have a thread for every core in each worker."""
+    """Torch's own pool would have a thread for every core in each worker. These are the main one, metrics, memory, and BLAS's two."""
     if device == "gpu":
         pytest.skip("CUDA has threads of its own")
     (pid,) = [p.pid for p in server.processes() if "model_service_worker" in " ".join(p.cmdline())]
     with requests.Session() as session:
         for _ in range(3):
             session.put(f"{server.address}/explanations/digits", data=DIGIT_FILES[0].read_bytes(), timeout=TIMEOUT_S)
-    assert psutil.Process(pid).num_threads() <= 4
+    assert psutil.Process(pid).num_threads() <= 5
 
 
 @pytest.mark.parametrize("command", [["--workers", "3"], ["--batch-size", "16", "--max-batch-delay", "5"], []], ids=str)
