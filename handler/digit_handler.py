@@ -39,8 +39,8 @@ from handler.worker_socket import PieceReceiver
 logger = logging.getLogger(__name__)
 
 MAX_FORWARD_PICTURES = 256  # a larger batch is computed in parts of this size, so that memory stays bounded
-# Of work on one batch; what is left of it then is refused. The slowest requests take about a second each, and a worker that is
-# silent for responseTimeout (serve_config/model-config.yaml) is restarted, which costs all of the batch their answers.
+# Of work on one batch; what is left of it then is refused. The slowest requests take up to three seconds each, and a worker
+# that is silent for responseTimeout (serve_config/model-config.yaml) is restarted, which costs all of the batch their answers.
 MAX_BATCH_SECONDS = 20
 
 # TorchServe puts an id of its own into every reply's X-Request-Id, over anything that stands there.

@@ -27,8 +27,8 @@ MAX_GRADIENTS = 4096
 # Numbers in all maps of a request in the pixels of its pictures, where the reply holds them: 1200 x 1200. As nested JSON they
 # have up to 20 MB. A reply that only draws them may have MAX_PIXELS.
 MAX_IMAGE_MAP_NUMBERS = 1_440_000
-# Pictures of a request in which the digit has to be looked for, which takes a CPU about 10 ms each, found or not. Canonical ones
-# do not count.
+# Pictures of a request in which the digit has to be looked for, found or not. Each takes a CPU about 10 ms, and of more than 200
+# pixels a side 50: three seconds together. Canonical ones do not count.
 MAX_PREPARED_PICTURES = 64
 
 

@@ -330,7 +330,7 @@ def test_replies_that_one_batch_cannot_hold_are_refused(server: TorchServe, work
 
 @pytest.mark.parametrize("name", ["model-config.yaml", "model-config-gpu.yaml"])
 def test_worker_has_time_for_the_last_request_of_a_batch(name: str) -> None:
-    """The last one starts within MAX_BATCH_SECONDS, and takes a CPU about a second: a slow machine has twenty times that."""
+    """The last one starts within MAX_BATCH_SECONDS, and takes a CPU up to three seconds: a slow machine has ten times that."""
     config = yaml.safe_load((ROOT / "serve_config" / name).read_text())
     assert config["responseTimeout"] >= MAX_BATCH_SECONDS + 40
     assert row_of("time of one batch")[1].startswith(f"{MAX_BATCH_SECONDS} s of work;")

@@ -175,7 +175,7 @@ def test_workers_on_another_device_than_asked_for_are_found_out(server: TorchSer
 
 
 def test_worker_has_the_archives_threads(server: TorchServe, device: str) -> None:
-    """Torch's own pool would have a thread for every core in each worker. These are the main one, metrics, memory, and BLAS's two."""
+    """The main one, those of metrics and memory, and BLAS's: torch's own pool would have one for every core beside them."""
     if device == "gpu":
         pytest.skip("CUDA has threads of its own")
     (pid,) = [p.pid for p in server.processes() if "model_service_worker" in " ".join(p.cmdline())]
