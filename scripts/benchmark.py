@@ -460,7 +460,7 @@ def render_report(results: Results, conditions: Mapping[str, Any]) -> str:
 
 def summarize(results: Results) -> dict[str, Any]:
     """The tables as data."""
-    quantities = ("explain_rate", "explain_p50_ms", "predict_rate", "predict_p50_ms", "rss_mib", "uss_mib")
+    quantities = ("explain_rate", "explain_p50_ms", "predict_rate", "predict_p50_ms", "rss_mib", "uss_mib", "peak_mib")
     return {
         "systems": {
             name: {quantity: asdict(Spread.of(results.by_round(name, quantity))) for quantity in quantities}

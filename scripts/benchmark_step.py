@@ -66,17 +66,18 @@ class Timing:
     multiples: tuple[float, ...]
 
 
+def load_committed() -> nn.Module:
+    """The committed network with its weights, in eval mode."""
+    return load_network(ROOT / "model" / "network.py", ROOT / "model" / "weights.safetensors").eval()
+
+
 def build_ways() -> dict[str, Way]:
     """Every way to score or explain a batch, by its name, each on a network of its own. captum's only where it is installed.
 
     All but the loss differentiate the targets' logits. Ours finds the predicted classes itself; the others get them for nothing.
     """
-
-    def load() -> nn.Module:
-        return load_network(ROOT / "model" / "network.py", ROOT / "model" / "weights.safetensors").eval()
-
-    plain, differentiated, trained = freeze(load()), freeze(load()), load()
-    ours = derive_and_load(freeze(load()))
+    plain, differentiated, trained = freeze(load_committed()), freeze(load_committed()), load_committed()
+    ours = derive_and_load(freeze(load_committed()))
     cross_entropy = nn.CrossEntropyLoss()
 
     def forward(pixels: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
@@ -104,7 +105,7 @@ def build_ways() -> dict[str, Way]:
     except ModuleNotFoundError:
         print(f"{CAPTUM}: not installed", file=sys.stderr)
     else:
-        saliency = Saliency(freeze(load()))
+        saliency = Saliency(freeze(load_committed()))
         ways[CAPTUM] = lambda pixels, targets: saliency.attribute(pixels.detach().requires_grad_(), target=targets, abs=False)
     return {**ways, LOSS: differentiate_loss}
 

@@ -19,15 +19,14 @@ from typing import cast
 import torch
 from tqdm import tqdm
 
-from handler.archive import import_file, load_network
+from handler.archive import import_file
 from handler.one_pass import ONE_PASS_FILE, OnePass
 from handler.saliency import freeze, predict_and_explain
-from scripts.benchmark_step import FORWARD, OURS, make_batch
+from scripts.benchmark_step import FORWARD, OURS, WARM_UP_TURNS, load_committed, make_batch
 from scripts.derive import Shape, derive_one_pass
 from scripts.measure_load import read_count
 from scripts.package import ROOT
 
-WARM_UP_CALLS = 3
 SETUP = """
 import sys
 sys.path.insert(0, {root!r})
@@ -43,7 +42,7 @@ def prepare_call(way: str, one_pass: str, batch_size: int) -> Callable[[], objec
         way: FORWARD or OURS.
         one_pass: the file with the source of the pass.
     """
-    network = freeze(load_network(ROOT / "model" / "network.py", ROOT / "model" / "weights.safetensors"))
+    network = freeze(load_committed())
     pixels = make_batch(batch_size)
     call: Callable[[], object]
     if way == OURS:
@@ -52,7 +51,7 @@ def prepare_call(way: str, one_pass: str, batch_size: int) -> Callable[[], objec
         )
     else:
         call = functools.partial(torch.inference_mode()(network), pixels)
-    for _ in range(WARM_UP_CALLS):
+    for _ in range(WARM_UP_TURNS):
         call()
     return call
 
@@ -68,7 +67,7 @@ def count(batch_sizes: Sequence[int]) -> dict[str, dict[int, int]]:
     counts: dict[str, dict[int, int]] = {FORWARD: {}, OURS: {}}
     with tempfile.TemporaryDirectory(prefix="count-instructions-") as folder:
         one_pass = Path(folder) / ONE_PASS_FILE
-        network = load_network(ROOT / "model" / "network.py", ROOT / "model" / "weights.safetensors")
+        network = load_committed()
         one_pass.write_text(derive_one_pass(network, cast(Shape, network.INPUT_SHAPE)))
         cases = [(batch_size, way) for batch_size in batch_sizes for way in counts]
         for batch_size, way in tqdm(cases, unit="count", disable=None):

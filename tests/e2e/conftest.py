@@ -7,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import requests
 import torch
@@ -95,6 +96,11 @@ def batch_count(server: TorchServe) -> Callable[[], int]:
         return (server.settings.log_dir / "model_log.log").read_text().count("Backend received inference")
 
     return count
+
+
+def workers_of(server: TorchServe) -> list[psutil.Process]:
+    """The worker processes that run, ready or not."""
+    return [process for process in server.processes() if "model_service_worker" in " ".join(process.cmdline())]
 
 
 @pytest.fixture

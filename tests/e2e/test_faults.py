@@ -34,7 +34,7 @@ import requests
 
 from scripts.package import read_archive
 from scripts.serve import SERVE_CONFIG, Ports, ServeError, Settings, TorchServe
-from tests.e2e.conftest import TIMEOUT_S, Sample
+from tests.e2e.conftest import TIMEOUT_S, Sample, workers_of
 from tests.e2e.test_serve import processes_with, read_until, serving
 
 CLIENTS = 6
@@ -146,10 +146,6 @@ def wrong_in(content: dict[str, Any], sample: Sample, *, explain: bool) -> str:
     elif "explanation" in content:
         return "an explanation that was not asked for"
     return ""
-
-
-def workers_of(server: TorchServe) -> list[psutil.Process]:
-    return [process for process in server.processes() if "model_service_worker" in " ".join(process.cmdline())]
 
 
 def wait_for_workers(server: TorchServe, other_than: set[int]) -> None:

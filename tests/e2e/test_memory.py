@@ -10,7 +10,7 @@ import requests
 
 from handler.memory import IDLE_S
 from scripts.serve import TorchServe
-from tests.e2e.conftest import TIMEOUT_S
+from tests.e2e.conftest import TIMEOUT_S, workers_of
 
 MIB = 2**20
 PICTURES = 1024  # as many as a request may have
@@ -18,7 +18,7 @@ PICTURES = 1024  # as many as a request may have
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other allocators than glibc's are left alone")
 def test_idle_worker_gives_back_what_it_has_freed(server: TorchServe) -> None:
-    (worker,) = [p for p in server.processes() if "model_service_worker" in " ".join(p.cmdline())]
+    (worker,) = workers_of(server)
     content = io.BytesIO()
     np.save(content, np.random.default_rng(0).integers(0, 256, (PICTURES, 28, 28), dtype=np.uint8))
     for _ in range(2):

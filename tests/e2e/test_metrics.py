@@ -20,7 +20,7 @@ import yaml
 from scripts.package import ROOT
 from scripts.serve import SERVE_CONFIG, Ports, Settings, TorchServe
 from tests.conftest import DIGIT_FILES
-from tests.e2e.conftest import TIMEOUT_S
+from tests.e2e.conftest import TIMEOUT_S, workers_of
 
 PICTURE = DIGIT_FILES[36].read_bytes()
 PROMETHEUS_FOLDER = SERVE_CONFIG / "prometheus"
@@ -348,7 +348,7 @@ def test_restarted_worker_is_counted_and_every_log_line_is_json(json_server: Tor
     requests.put(
         f"{json_server.address}/predictions/digits", data=PICTURE, headers={"X-Request-Id": "in-json"}, timeout=TIMEOUT_S
     )
-    (worker,) = [p for p in json_server.processes() if "model_service_worker" in " ".join(p.cmdline())]
+    (worker,) = workers_of(json_server)
     worker.kill()
     psutil.wait_procs([worker], timeout=WAIT_S)
     starts = 'saliency_worker_starts_total{model_name="digits"}'
@@ -386,6 +386,6 @@ def test_metrics_are_found_from_any_folder(server: TorchServe) -> None:
     properties = (SERVE_CONFIG / "config.properties").read_text()
     assert "\nmetrics_config=serve_config/metrics.yaml\n" in properties
     assert (ROOT / "serve_config" / "metrics.yaml").is_file()
-    worker = next(p for p in server.processes() if "model_service_worker" in " ".join(p.cmdline()))
+    (worker,) = workers_of(server)
     command = worker.cmdline()
     assert command[command.index("--metrics-config") + 1] == str(ROOT / "serve_config" / "metrics.yaml")

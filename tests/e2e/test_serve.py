@@ -25,7 +25,7 @@ from scripts.gpu_report import require_workers_on
 from scripts.package import ROOT, read_archive, write_archive
 from scripts.serve import Ports, ServeError, Settings, TorchServe
 from tests.conftest import DIGIT_FILES
-from tests.e2e.conftest import TIMEOUT_S
+from tests.e2e.conftest import TIMEOUT_S, workers_of
 
 START_TIMEOUT_S = 120
 
@@ -178,11 +178,11 @@ def test_worker_has_the_archives_threads(server: TorchServe, device: str) -> Non
     """The main one, those of metrics and memory, and BLAS's: torch's own pool would have one for every core beside them."""
     if device == "gpu":
         pytest.skip("CUDA has threads of its own")
-    (pid,) = [p.pid for p in server.processes() if "model_service_worker" in " ".join(p.cmdline())]
+    (worker,) = workers_of(server)
     with requests.Session() as session:
         for _ in range(3):
             session.put(f"{server.address}/explanations/digits", data=DIGIT_FILES[0].read_bytes(), timeout=TIMEOUT_S)
-    assert psutil.Process(pid).num_threads() <= 5
+    assert worker.num_threads() <= 5
 
 
 @pytest.mark.parametrize("command", [["--workers", "3"], ["--batch-size", "16", "--max-batch-delay", "5"], []], ids=str)
