@@ -156,7 +156,14 @@ def _is_canonical(grey: Array, height: int, width: int) -> bool:
 
 def _margin(grey: Array) -> Array:
     """The outermost pixels, as a line."""
-    return np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    return grey.take(_margin_places(*grey.shape))
+
+
+@functools.lru_cache(maxsize=16)
+def _margin_places(height: int, width: int) -> NDArray[np.intp]:
+    """Where the outermost pixels are in a picture's line of pixels; corners twice."""
+    places = np.arange(height * width).reshape(height, width)
+    return np.concatenate([places[0], places[-1], places[:, 0], places[:, -1]])
 
 
 @dataclass(frozen=True, slots=True)

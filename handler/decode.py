@@ -209,7 +209,8 @@ def _decode_plain_png(content: bytes, budget: DecodingBudget) -> Picture | None:
         return None
     budget.take_pixels(width, height)
     budget.uncounted_bytes_left -= len(content)
-    return Picture(INTENSITIES.take(np.asarray(image)), source="PNG image")
+    levels = np.frombuffer(image.tobytes(), np.uint8).reshape(height, width)
+    return Picture(INTENSITIES.take(levels), source="PNG image")
 
 
 def _steps_of_parts(content: bytes) -> int:

@@ -258,12 +258,16 @@ def _write_no_prediction_time(context: Context) -> None:
 def _receive_in_pieces() -> None:
     """Have TorchServe's worker receive all that is there at once, in place of each field of a request by itself.
 
-    Its `_retrieve_buffer` is what all of its protocol reads with, and is replaced between two messages. A TorchServe without it
-    goes on as it does.
+    All of its protocol reads with `_retrieve_buffer`, and each request with `_retrieve_request`; both are replaced between two
+    messages. A TorchServe without them goes on as it does.
     """
     receive = getattr(otf_message_handler, "_retrieve_buffer", None)
-    if receive is not None and not isinstance(receive, PieceReceiver):
-        otf_message_handler._retrieve_buffer = PieceReceiver(receive)
+    receive_request = getattr(otf_message_handler, "_retrieve_request", None)
+    if receive is None or receive_request is None or isinstance(receive, PieceReceiver):
+        return
+    receiver = PieceReceiver(receive, receive_request)
+    otf_message_handler._retrieve_buffer = receiver
+    otf_message_handler._retrieve_request = receiver.receive_request
 
 
 def _is_not_of_a_batch(record: logging.LogRecord) -> bool:

@@ -107,16 +107,18 @@ def build_steps(handler: Any, context: Context, batch_size: int) -> dict[str, St
     replies = handle()
     message = write_message(contents)
     frontend, worker = socket.socketpair()
-    in_pieces = otf_message_handler._retrieve_buffer  # by now the handler's
+    receiver = otf_message_handler._retrieve_buffer  # by now the handler's
 
     def receive() -> None:
         frontend.sendall(message)
         otf_message_handler.retrieve_msg(worker)
 
     def receive_by_fields() -> None:
-        otf_message_handler._retrieve_buffer = in_pieces.by_fields
+        otf_message_handler._retrieve_buffer = receiver.by_fields
+        otf_message_handler._retrieve_request = receiver.request_by_fields
         receive()
-        otf_message_handler._retrieve_buffer = in_pieces
+        otf_message_handler._retrieve_buffer = receiver
+        otf_message_handler._retrieve_request = receiver.receive_request
 
     ids = {index: f"{index:036}" for index in range(batch_size)}
     return {
