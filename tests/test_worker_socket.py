@@ -11,7 +11,7 @@ from ts.protocol import otf_message_handler
 
 from handler.worker_socket import PIECE_BYTES, PieceReceiver
 
-receive = otf_message_handler._retrieve_buffer  # TorchServe's own, unless a handler was loaded in this process
+receive: Any = otf_message_handler._retrieve_buffer  # TorchServe's own, unless a handler was loaded in this process
 receive_request = otf_message_handler._retrieve_request
 if isinstance(receive, PieceReceiver):
     receive, receive_request = receive.by_fields, receive.request_by_fields
