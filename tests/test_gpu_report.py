@@ -13,8 +13,21 @@ import torch
 from torch import nn
 
 from handler.saliency import predict_and_explain
-from scripts import gpu_report
-from scripts.gpu_report import TOLERANCE, Outcome, Plan, Row, Table, main, measure, measure_speed, read_junit, run_parts
+from scripts import benchmark, gpu_report
+from scripts.gpu_report import (
+    TOLERANCE,
+    Outcome,
+    Plan,
+    Row,
+    Table,
+    main,
+    measure,
+    measure_peers,
+    measure_speed,
+    read_junit,
+    run_parts,
+)
+from scripts.peers.systems import SYSTEMS
 from tests.conftest import DIGIT_FILES
 
 PLAN = Plan("cpu", 0.1, [1], [1], [1])
@@ -53,6 +66,19 @@ def test_speed_is_measured_for_every_batch_size_and_way() -> None:
         quantiles = [float(row[f"{name} ms"] or 0) for name in ("p10", "median", "p90")]
         assert quantiles[0] > 0
         assert quantiles == sorted(quantiles)
+
+
+def test_peers_are_those_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_report, "PEERS", "noop")
+    monkeypatch.setattr(gpu_report, "PEER_ROUNDS", 1)
+    monkeypatch.setattr(benchmark, "BUSY_CONNECTIONS", (4,))
+    outcome = measure_peers(replace(PLAN, seconds=0.5, folder=tmp_path))
+    systems, ratios = outcome.tables
+    assert outcome.problems == []
+    assert [row["system"] for row in systems.rows] == [SYSTEMS["ours"].title, SYSTEMS["noop"].title]
+    rates = [float(row["explanations/s"] or 0) for row in systems.rows]
+    assert rates[0] / rates[1] == pytest.approx(ratios.rows[0]["median"])
+    assert "on the cpu" in (tmp_path / "peers" / "benchmark.md").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

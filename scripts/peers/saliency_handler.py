@@ -18,8 +18,9 @@ class SaliencyDigitClassifier(ImageClassifier):
     image_processing = transforms.Compose([transforms.ToTensor()])
 
     def initialize(self, context: Context) -> None:
-        """Load the network; one thread a worker, as in the service that it is compared with."""
+        """Load the network; one thread a worker, and exact on a GPU, as in the service that it is compared with."""
         torch.set_num_threads(1)
+        torch.backends.cudnn.allow_tf32 = False  # which TorchServe's base handler allows
         super().initialize(context)
         self.saliency = Saliency(self.model)
 

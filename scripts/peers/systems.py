@@ -1,7 +1,8 @@
 """The services that the benchmark compares: what each needs, how it is started, what it answers.
 
-Every one runs on CPUs, on the loopback address, with the same number of workers and, but for TorchServe's example as published,
-one thread of torch a worker. The ones on TorchServe are started by `scripts.serve`, with the configuration of this service.
+Every one runs on the same device, on the loopback address, with the same number of workers and, but for TorchServe's example as
+published, one thread of torch a worker. The ones on TorchServe are started by `scripts.serve`, with the configuration of this
+service.
 """
 
 import contextlib
@@ -55,11 +56,13 @@ class Workplace:
     Attributes:
         folder: for archives and logs.
         workers: worker processes of each system.
+        device: "cpu" or "gpu", of all workers.
         explanation, prediction: this service's replies to one picture, which the no-op repeats.
     """
 
     folder: Path
     workers: int
+    device: str = "cpu"
     explanation: bytes = b""
     prediction: bytes = b""
 
@@ -124,7 +127,7 @@ def _start_torchserve(
     settings = Settings(
         archive=archive,
         ports=Ports.free(),
-        device="cpu",
+        device=workplace.device,
         log_dir=workplace.folder / f"logs-{archive.stem}",
         model_config={"minWorkers": workplace.workers, "maxWorkers": workplace.workers, **model_config},
     )
@@ -183,12 +186,13 @@ def _start_program(workplace: Workplace, *, name: str, command: tuple[str, ...])
     """Start `python -m COMMAND --port ... --workers ...`."""
     port = Ports.free().inference
     log_file = workplace.folder / f"{name}.log"
+    no_gpu = {"CUDA_VISIBLE_DEVICES": ""} if workplace.device == "cpu" else {}
     started = time.perf_counter()
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", *command, "--port", str(port), "--workers", str(workplace.workers)],
             cwd=ROOT,
-            env={**os.environ, "TMPDIR": str(workplace.folder)},
+            env={**os.environ, **no_gpu, "TMPDIR": str(workplace.folder)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
