@@ -183,4 +183,4 @@ def test_results_of_tests_are_counted(tmp_path: Path, chosen: str, counts: list[
 def test_unknown_part_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--parts", "speed,magic"])
-    assert "got 'magic'; exactness, speed, tests, serving are accepted" in capsys.readouterr().err
+    assert "got 'magic'; exactness, speed, tests, serving, peers are accepted" in capsys.readouterr().err
