@@ -13,7 +13,7 @@ from typing import Any
 PIECE_BYTES = 262_144  # received at once, at most: a full batch of small pictures with their headers
 LENGTH = struct.Struct("!i")
 END_OF_LIST = -1  # in the place of a field's length
-DECODED_TYPES = ("application/json", "text")  # content types, or how they begin, whose values TorchServe decodes
+DECODED_TYPES = (b"application/json", b"text")  # content types, or how they begin, whose values TorchServe decodes
 
 Request = dict[str, Any]
 Receive = Callable[[socket.socket, int], bytearray]  # receives exactly so many bytes, or ends the process
@@ -51,8 +51,8 @@ class PieceReceiver:
         if not fields:
             self._start = end
             return None
-        content_types = fields[ends[0] + 1 : ends[1] : 3]
-        if end > len(self._piece) or (self.decodes_values and any(map(_is_decoded, content_types))):
+        is_decoded = self.decodes_values and any(kind.startswith(DECODED_TYPES) for kind in fields[ends[0] + 1 : ends[1] : 3])
+        if end > len(self._piece) or is_decoded:
             return self.request_by_fields(connection)
         self._start = end
         return {
@@ -101,7 +101,3 @@ def take_fields(piece: bytearray, start: int) -> tuple[list[bytearray], list[int
             fields.append(piece[at : at + length])
             at += length
     return fields, ends, at
-
-
-def _is_decoded(content_type: bytearray) -> bool:
-    return content_type.decode().startswith(DECODED_TYPES)

@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import requests
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
@@ -35,13 +34,12 @@ from scripts.load import build_call, run_closed
 from scripts.load_test import describe_machine
 from scripts.package import ROOT
 from scripts.peers.systems import SYSTEMS, Explains, Running, Workplace, read_digit, read_map, worker_memory_mib
-from scripts.serve import SERVE_CONFIG, ServeError
+from scripts.serve import SERVE_CONFIG, ServeError, read_model_config
 
 OURS = "ours"
 PICTURES = sorted((ROOT / "tests" / "digits").glob("*.png"))
 HEADERS = {"Content-Type": "application/octet-stream"}
 ROUTES = ("explain", "predict")
-MODEL_CONFIGS = {"cpu": "model-config.yaml", "gpu": "model-config-gpu.yaml"}
 LONE_CONNECTION = 1
 BUSY_CONNECTIONS = (16, 32, 64)
 WARM_UP_SHARE = 0.2  # of a measurement's seconds, before it
@@ -513,7 +511,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warm-up-rounds", type=_at_least_one, default=2, help="rounds before these, which are not kept")
     parser.add_argument("--seconds", type=_positive, default=2.0, help="of each of the eight measurements of a system in a round")
     parser.add_argument("--systems", type=_read_systems, default=",".join(others), help="what this service is compared with")
-    parser.add_argument("--device", choices=MODEL_CONFIGS, default="cpu", help="where all workers run")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="where all workers run")
     parser.add_argument("--workers", type=_at_least_one, help="worker processes of each system; default: as served on the device")
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("build/benchmark"), help="where the reports go")
     return parser
@@ -544,7 +542,7 @@ def _read_systems(text: str) -> tuple[str, ...]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Start, check, measure, report. Returns the exit code: 1 where a system did not start, was wrong, or failed requests."""
     arguments = build_parser().parse_args(argv)
-    model_config = yaml.safe_load((SERVE_CONFIG / MODEL_CONFIGS[arguments.device]).read_text())
+    model_config = read_model_config(arguments.device)
     workers = arguments.workers or int(model_config["minWorkers"])
     installed = [name for name in arguments.systems if not SYSTEMS[name].missing()]
     not_installed = {name: SYSTEMS[name].missing() for name in arguments.systems if name not in installed}

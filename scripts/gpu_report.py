@@ -480,22 +480,13 @@ def _gpu_memory_mib() -> float | None:
 def measure_peers(plan: Plan) -> Outcome:
     """Measure this service and others side by side, all on the device."""
     plan.torch_device()
-    options = [
-        "--device",
-        plan.device,
-        "--systems",
-        PEERS,
-        "--seconds",
-        str(plan.seconds),
-        "--output",
-        str(plan.folder / "peers"),
-    ]
-    options += ["--rounds", str(PEER_ROUNDS), "--warm-up-rounds", str(PEER_WARM_UP_ROUNDS)]
+    folder = plan.folder / "peers"
+    options = [f"--device={plan.device}", f"--systems={PEERS}", f"--seconds={plan.seconds}", f"--output={folder}"]
+    options += [f"--rounds={PEER_ROUNDS}", f"--warm-up-rounds={PEER_WARM_UP_ROUNDS}"]
     with contextlib.redirect_stdout(sys.stderr):
         exit_code = benchmark.main(options)
     problems = [f"scripts.benchmark ended with {exit_code}"] if exit_code else []
-    file = plan.folder / "peers" / "benchmark.json"
-    summary = json.loads(file.read_text())["summary"]
+    summary = json.loads((folder / "benchmark.json").read_text())["summary"]
     systems: list[Row] = [
         {
             "system": SYSTEMS[name].title,

@@ -12,13 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from scripts.benchmark import HEADERS, LONE_CONNECTION, PICTURES, WARM_UP_SHARE
 from scripts.load import Call, Failure, build_call, run_closed
 from scripts.load_test import KINDS, describe_machine, is_right_form
 from scripts.package import MODEL_NAME
-from scripts.serve import SERVE_CONFIG, find_java_home
+from scripts.serve import SERVE_CONFIG, find_java_home, read_model_config
 
 TIMEOUT_S = 60.0
 PACKAGES = ("torch", "torchserve", "numpy", "pillow", "scipy", "orjson")
@@ -93,12 +91,13 @@ def measure_load(
     return Load(connections, samples.request_count, samples.served_rate, p50_ms, p99_ms, samples.error_counts, samples.cpu_share)
 
 
-def describe_conditions(script: str, argv: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+def describe_conditions(script: str, argv: Sequence[str], arguments: argparse.Namespace, device: str = "cpu") -> dict[str, Any]:
     """What has to be known to read a script's figures: command, date, machine, versions, and the committed settings.
 
     Args:
         script: such as "sweep".
         arguments: have `rounds` and `seconds`.
+        device: whose settings, as of scripts.serve.
     """
     return {
         "command": shlex.join(["python", "-m", f"scripts.{script}", *argv]),
@@ -107,7 +106,7 @@ def describe_conditions(script: str, argv: Sequence[str], arguments: argparse.Na
         "rounds": arguments.rounds,
         "seconds": arguments.seconds,
         "config_properties": (SERVE_CONFIG / "config.properties").read_text(),
-        "model_config": yaml.safe_load((SERVE_CONFIG / "model-config.yaml").read_text()),
+        "model_config": read_model_config(device),
     }
 
 

@@ -340,8 +340,8 @@ def _configure_archive(settings: Settings, archive: bytes, folder: Path) -> int:
         opened.extractall(folder / "unpacked")
     verify_files(folder / "unpacked")
     entries = read_archive(io.BytesIO(archive))
-    if settings.device == "gpu" or (settings.device == "auto" and _gpu_is_there()):
-        config = yaml.safe_load((SERVE_CONFIG / "model-config-gpu.yaml").read_text())
+    if is_on_gpu(settings.device):
+        config = read_model_config("gpu")
     else:
         config = yaml.safe_load(entries["model-config.yaml"]) | {"deviceType": "cpu"}
     config |= settings.model_config
@@ -350,10 +350,20 @@ def _configure_archive(settings: Settings, archive: bytes, folder: Path) -> int:
     return int(config["minWorkers"])
 
 
-def _gpu_is_there() -> bool:
+def is_on_gpu(device: str) -> bool:
+    """Whether a device, which is as in `Settings`, is a GPU here."""
+    if device != "auto":
+        return device == "gpu"
     import torch  # slow, and needed for this question alone
 
     return torch.cuda.is_available()
+
+
+def read_model_config(device: str) -> dict[str, Any]:
+    """What is committed as model-config.yaml for a device, which is as in `Settings`."""
+    name = "model-config-gpu.yaml" if is_on_gpu(device) else "model-config.yaml"
+    config: dict[str, Any] = yaml.safe_load((SERVE_CONFIG / name).read_text())
+    return config
 
 
 def _configure(settings: Settings, java_logging: Path) -> str:

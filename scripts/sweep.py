@@ -20,14 +20,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from scripts.benchmark import BUSY_CONNECTIONS, LONE_CONNECTION, Spread
 from scripts.load_test import read_positive
 from scripts.measure_load import Load, describe_conditions, explanation_calls, measure_load, read_count
 from scripts.package import MODEL_NAME, ROOT
-from scripts.serve import SERVE_CONFIG, Ports, ServeError, Settings, TorchServe, find_property, write_property
+from scripts.serve import SERVE_CONFIG, Ports, ServeError, Settings, TorchServe, find_property, read_model_config, write_property
 
 NOTHING = "nothing"  # the setting of the first row
 WARM_UP_CONNECTIONS = 64
@@ -127,9 +126,9 @@ def read_property(properties: str, name: str) -> str:
     return PROPERTY_DEFAULTS[name] if found is None else found
 
 
-def list_changes(settings: Sequence[str]) -> list[Change]:
-    """Every value of these settings that is not the committed one, after a first change that is none."""
-    model_config = yaml.safe_load((SERVE_CONFIG / "model-config.yaml").read_text())
+def list_changes(settings: Sequence[str], device: str = "cpu") -> list[Change]:
+    """Every value of these settings that is not the one committed for a device, after a first change that is none."""
+    model_config = read_model_config(device)
     properties = (SERVE_CONFIG / "config.properties").read_text()
     committed = {
         "batchSize": model_config["batchSize"],
@@ -155,8 +154,7 @@ def apply(change: Change, base: Settings, folder: Path) -> Settings:
         case "workers":
             model_config = {"minWorkers": int(change.value), "maxWorkers": int(change.value)}
         case "torch_threads":
-            committed = yaml.safe_load((SERVE_CONFIG / "model-config.yaml").read_text())
-            model_config = {"handler": committed["handler"] | {"torch_threads": int(change.value)}}
+            model_config = {"handler": read_model_config(base.device)["handler"] | {"torch_threads": int(change.value)}}
         case "batchSize" | "maxBatchDelay":
             model_config = {change.setting: int(change.value)}
         case "log_configuration":
@@ -338,12 +336,12 @@ def _write(conditions: Mapping[str, Any], file: Path, pairs: Sequence[Pair]) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report. Returns the exit code: 1 where a row is invalid."""
     arguments = build_parser().parse_args(argv)
-    conditions = describe_conditions("sweep", sys.argv[1:] if argv is None else argv, arguments)
+    conditions = describe_conditions("sweep", sys.argv[1:] if argv is None else argv, arguments, arguments.device)
     print("; ".join(f"{name} {value}" for name, value in conditions["machine"].items()), file=sys.stderr)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     keep = functools.partial(_write, conditions, arguments.output)
     base = Settings(archive=arguments.archive, device=arguments.device)
-    changes = list_changes(arguments.settings)
+    changes = list_changes(arguments.settings, arguments.device)
     pairs = measure(changes, base, rounds=arguments.rounds, seconds=arguments.seconds, keep=keep)
     print(render_table(pairs))
     return int(not all(pair.is_good for pair in pairs))

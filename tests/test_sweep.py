@@ -58,6 +58,15 @@ def test_committed_values_are_read_from_the_committed_files() -> None:
     assert f"\njob_queue_size={committed['job_queue_size']}\n" in (SERVE_CONFIG / "config.properties").read_text()
 
 
+def test_on_a_gpu_the_committed_values_are_those_for_gpus() -> None:
+    model_config = yaml.safe_load((SERVE_CONFIG / "model-config-gpu.yaml").read_text())
+    changes = list_changes(["workers", "batchSize"], "gpu")[1:]
+    assert {change.setting: change.committed for change in changes} == {
+        "workers": str(model_config["minWorkers"]),
+        "batchSize": str(model_config["batchSize"]),
+    }
+
+
 def test_a_property_is_replaced_or_added_and_all_others_stay() -> None:
     text = "# job_queue_size=1\njob_queue_size=1000\nother=2\n"
     assert write_property(text, "job_queue_size", "100") == "# job_queue_size=1\nother=2\njob_queue_size=100\n"

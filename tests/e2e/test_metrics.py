@@ -74,24 +74,6 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
         time.sleep(0.25)
 
 
-def test_machine_with_a_gpu_and_without_nvgpu_says_what_it_does(
-    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """TorchServe counts GPUs by nvidia-smi; its collector of the machine's figures would then need the package nvgpu."""
-    command = tmp_path / "bin" / "nvidia-smi"
-    command.parent.mkdir()
-    command.write_text("#!/bin/sh\nprintf 'index\\n0\\n'\n")
-    command.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
-    workers = {"minWorkers": 1, "maxWorkers": 1}
-    settings = Settings(archive=archive, ports=Ports.free(), device="cpu", log_dir=tmp_path / "logs", model_config=workers)
-    with TorchServe(settings) as running:
-        wait_for(lambda: any(name.startswith("CPUUtilization{") for name in scrape(running)), "figure of the processor")
-    log = (settings.log_dir / "ts_log.log").read_text()
-    assert "Number of GPUs: 1" in log
-    assert "Traceback" not in log
-
-
 def log_of(server: TorchServe) -> str:
     return "".join(file.read_text() for file in sorted(server.settings.log_dir.glob("*.log")))
 
@@ -408,3 +390,21 @@ def test_metrics_are_found_from_any_folder(server: TorchServe) -> None:
     (worker,) = workers_of(server)
     command = worker.cmdline()
     assert command[command.index("--metrics-config") + 1] == str(ROOT / "serve_config" / "metrics.yaml")
+
+
+def test_machine_with_a_gpu_and_without_nvgpu_says_what_it_does(
+    archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TorchServe counts GPUs by nvidia-smi; its collector of the machine's figures would then need the package nvgpu."""
+    command = tmp_path / "bin" / "nvidia-smi"
+    command.parent.mkdir()
+    command.write_text("#!/bin/sh\nprintf 'index\\n0\\n'\n")
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{command.parent}:{os.environ['PATH']}")
+    workers = {"minWorkers": 1, "maxWorkers": 1}
+    settings = Settings(archive=archive, ports=Ports.free(), device="cpu", log_dir=tmp_path / "logs", model_config=workers)
+    with TorchServe(settings) as running:
+        wait_for(lambda: any(name.startswith("CPUUtilization{") for name in scrape(running)), "figure of the processor")
+    log = (settings.log_dir / "ts_log.log").read_text()
+    assert "Number of GPUs: 1" in log
+    assert "Traceback" not in log
