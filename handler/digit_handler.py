@@ -25,6 +25,7 @@ from ts.service import PREDICTION_METRIC
 from ts.torch_handler.base_handler import BaseHandler
 
 from handler.archive import load_network, mean_pixel_of, verify_files
+from handler.cuda_graphs import record
 from handler.describe import describe_service
 from handler.errors import InternalError, Overloaded, ServiceError
 from handler.memory import IdleTrimmer, keep_freed_memory
@@ -76,6 +77,8 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             threadpool_limits(int(settings["torch_threads"]), user_api="blas")
         gpu = properties.get("gpu_id")
         self.device = torch.device(f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
         network = load_network(model_dir / manifest["modelFile"], model_dir / manifest["serializedFile"])
         self.model = freeze(network).to(self.device)
         self.input_shape = cast(tuple[int, int, int], network.INPUT_SHAPE)  # channels, height, width
@@ -87,6 +90,8 @@ class DigitHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             "weights_sha256": sums[manifest["serializedFile"]],
         }
         self.differentiable = load_one_pass(model_dir / ONE_PASS_FILE, self.model, self.input_shape)
+        if self.device.type == "cuda" and settings.get("cuda_graphs", True):
+            self.differentiable = record(self.differentiable, self.model, self.input_shape)
         self.manifest = context.manifest
         self.meter = Meter(self.class_count, _emitter(context))
         self.trimmer = IdleTrimmer()

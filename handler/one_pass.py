@@ -5,6 +5,7 @@ nothing of HTTP, images or TorchServe.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -77,7 +78,7 @@ def load_one_pass(file: Path, network: nn.Module, input_shape: tuple[int, int, i
     reference = Autograd(network)
     try:
         one_pass = OnePass(import_file(file), network)
-        difference = _largest_difference(one_pass, reference, network, input_shape)
+        difference = largest_difference(one_pass, reference, network, input_shape, CHECKED_BATCH_SIZES)
     except Exception as error:  # noqa: BLE001  # made for another version of PyTorch, or another network: whatever it raises
         logger.warning("%s cannot be used, autograd is: %s: %s", file.name, type(error).__name__, error)
         return reference
@@ -88,8 +89,12 @@ def load_one_pass(file: Path, network: nn.Module, input_shape: tuple[int, int, i
     return one_pass
 
 
-def _largest_difference(
-    one: Differentiable, other: Differentiable, network: nn.Module, input_shape: tuple[int, int, int]
+def largest_difference(
+    one: Differentiable,
+    other: Differentiable,
+    network: nn.Module,
+    input_shape: tuple[int, int, int],
+    batch_sizes: Sequence[int],
 ) -> float:
     """Compare logits and gradients of random pictures; the largest difference as a share of each row's largest value.
 
@@ -99,7 +104,7 @@ def _largest_difference(
     parameter = next(network.parameters())
     generator = torch.Generator().manual_seed(0)
     differences = []
-    for size in CHECKED_BATCH_SIZES:
+    for size in batch_sizes:
         pixels = torch.rand(size, *input_shape, generator=generator).to(parameter)
         (logits, saved), (expected_logits, expected_saved) = one.score(pixels, size), other.score(pixels, size)
         cotangents = torch.randn(expected_logits.shape, generator=generator).to(parameter)

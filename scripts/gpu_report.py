@@ -57,6 +57,7 @@ from torch import nn
 from tqdm import tqdm
 
 from handler.archive import load_network
+from handler.cuda_graphs import Recorder, record
 from handler.saliency import Autograd, Differentiable, compute_exactly, freeze, predict_and_explain
 from model.network import DigitNetwork
 from scripts import benchmark
@@ -65,7 +66,7 @@ from scripts.load import Call, Samples, build_call, run_closed
 from scripts.load_test import KINDS, describe_machine, mark_wrong_forms, read_connections, read_positive
 from scripts.package import MODEL_NAME, ROOT, build_archive
 from scripts.peers.systems import SYSTEMS
-from scripts.serve import Ports, Settings, TorchServe
+from scripts.serve import Ports, Settings, TorchServe, read_model_config
 
 TOLERANCE = 1e-4  # of logits, and of maps in logit per unit of intensity; TF32 would miss it
 DITHER = 0.05  # intensity that is added to a digit at most: a flat background would tie in the pools
@@ -102,6 +103,7 @@ class Plan:
     batch_sizes: Sequence[int]
     workers: Sequence[int]
     connections: Sequence[int]
+    served_batch_sizes: Sequence[int] = ()
     folder: Path = Path("build/gpu")
 
     def torch_device(self) -> torch.device:
@@ -204,12 +206,18 @@ def _load_network() -> nn.Module:
 
 
 def _differentiables(network: nn.Module) -> dict[str, Differentiable]:
-    """The two ways to differentiate it that a worker has.
+    """The ways to differentiate it that a worker has.
 
     Raises:
-        ValueError: the one pass is not fit for this device.
+        ValueError: the one pass, or its recording on a GPU, is not fit for this device.
     """
-    return {"one pass": derive_and_load(network), "autograd": Autograd(network)}
+    one_pass = derive_and_load(network)
+    ways: dict[str, Differentiable] = {"one pass": one_pass, "autograd": Autograd(network)}
+    if next(network.parameters()).device.type == "cuda":
+        ways["one pass as CUDA graphs"] = graphs = record(one_pass, network, DigitNetwork.INPUT_SHAPE)
+        if graphs is one_pass:
+            raise ValueError("a worker would use no CUDA graphs here: the log says why")
+    return ways
 
 
 def _score_and_map(
@@ -283,7 +291,7 @@ def _served_calls(
 
     return {
         "plain forward": forward,
-        "predict": explain(differentiables["one pass"], ()),
+        **{f"predict, {name}": explain(one, ()) for name, one in differentiables.items() if name != "autograd"},
         **{f"predict and explain, {name}": explain(one, (None,)) for name, one in differentiables.items()},
     }
 
@@ -295,7 +303,8 @@ def _other_ways(one_pass: Differentiable, pixels: Pixels, device: torch.device) 
     if device.type != "cuda":
         return ways
     staging = torch.empty(host.shape, pin_memory=True)
-    graph, graph_input, graph_outputs = _capture(one_pass, host.to(device))
+    graph_input = host.to(device)
+    graph, graph_outputs = Recorder().record(lambda: _explain_predicted(one_pass, graph_input))
     targets = [(None,)] * len(pixels)
 
     def copy(source: Callable[[], torch.Tensor]) -> None:
@@ -325,22 +334,6 @@ def _explain_predicted(one_pass: Differentiable, pixels: torch.Tensor) -> tuple[
         logits, saved = one_pass.score(pixels, len(pixels))
         cotangents = torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
         return logits, one_pass.pull_back(saved, cotangents)
-
-
-def _capture(
-    one_pass: Differentiable, pixels: torch.Tensor
-) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """Record `_explain_predicted` once. Returns the graph, the tensor that it reads, and those that it writes."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # libraries set themselves up in the first calls, which no graph may hold
-        for _ in range(WARM_UP_CALLS):
-            _explain_predicted(one_pass, pixels)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = _explain_predicted(one_pass, pixels)
-    return graph, pixels, outputs
 
 
 def _to_host(tensors: Sequence[torch.Tensor]) -> list[NDArray[np.floating]]:
@@ -389,12 +382,18 @@ def read_junit(text: str, exit_code: int) -> Outcome:
 
 
 def measure_serving(plan: Plan) -> Outcome:
-    """Measure requests a second in a closed loop, by kind of request, connections and workers."""
+    """Measure requests a second in a closed loop, by kind of request, connections, workers and size of batches.
+
+    Workers vary with the committed batches, and batches with the committed workers.
+    """
     plan.torch_device()
     rows: list[Row] = []
     problems = []
+    committed = read_model_config(plan.device)
+    servers = [(workers, committed["batchSize"]) for workers in plan.workers]
+    servers += [(committed["minWorkers"], size) for size in plan.served_batch_sizes if size != committed["batchSize"]]
     steps = [(kind, connections) for kind in SERVED_KINDS for connections in plan.connections]
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(plan.workers) * len(steps), disable=None) as progress:
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=len(servers) * len(steps), disable=None) as progress:
         archive = Path(folder) / f"{MODEL_NAME}.mar"
         build_archive(
             archive,
@@ -402,22 +401,23 @@ def measure_serving(plan: Plan) -> Outcome:
             weights_file=ROOT / "model" / "weights.safetensors",
             model_config=ROOT / "serve_config" / "model-config.yaml",
         )
-        for worker_count in plan.workers:
+        for worker_count, batch_size in servers:
             settings = Settings(
                 archive=archive,
                 ports=Ports.free(),
                 device=plan.device,
                 log_dir=Path(folder) / "logs",
-                model_config={"minWorkers": worker_count, "maxWorkers": worker_count},
+                model_config={"minWorkers": worker_count, "maxWorkers": worker_count, "batchSize": batch_size},
             )
             with TorchServe(settings) as server:
                 require_workers_on(plan.device, server)
                 for kind, connections in steps:
                     samples = _load_server(server, kind, connections, plan.seconds)
                     row = _describe_samples(samples)
-                    rows.append({"workers": worker_count, "connections": connections, "kind": kind, **row})
+                    what = {"workers": worker_count, "batches of up to": batch_size, "connections": connections, "kind": kind}
+                    rows.append({**what, **row})
                     if row["errors"] or not samples.good.any():
-                        problems.append(f"{worker_count} workers, {connections} connections, {kind}: {samples.error_counts}")
+                        problems.append(f"{what}: {samples.error_counts}")
                     progress.update()
     return Outcome([Table("Over HTTP, closed loop; the generator is one process on the same machine", rows)], problems)
 
@@ -621,7 +621,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=read_positive, default=3.0, help="how long each figure is measured")
     parser.add_argument("--batch-sizes", type=read_connections, default="1,8,64,256,1024,4096", help="of the part speed")
     parser.add_argument("--workers", type=read_connections, default="1,2,4,8", help="worker processes, of the part serving")
-    parser.add_argument("--connections", type=read_connections, default="16,64,256", help="of the part serving")
+    parser.add_argument("--served-batch-sizes", type=read_connections, default="4,8,16,32,64", help="of the part serving")
+    parser.add_argument("--connections", type=read_connections, default="1,16,64,256", help="of the part serving")
     parser.add_argument("--output", type=Path, default=Path("build/gpu/report.json"), help="the page goes beside it, as .md")
     return parser
 
@@ -633,7 +634,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device == "auto":
         device = "gpu" if torch.cuda.is_available() else "cpu"
     plan = Plan(
-        *(device, arguments.seconds, arguments.batch_sizes, arguments.workers, arguments.connections, arguments.output.parent)
+        *(device, arguments.seconds, arguments.batch_sizes, arguments.workers, arguments.connections),
+        *(arguments.served_batch_sizes, arguments.output.parent),
     )
     about = describe_run(plan, sys.argv[1:] if argv is None else argv)
     is_good = run_parts({name: PARTS[name] for name in arguments.parts}, plan, about, arguments.output)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 from ts.context import Context, RequestProcessor
 from ts.model_loader import ModelLoaderFactory
@@ -33,7 +34,7 @@ from handler.metrics import Step as MeteredStep
 from handler.prepare import Prepared, prepare_pictures
 from handler.reply import Maps, Reply, Result, probabilities_of, render_results
 from handler.request import parse_request, read_correlation_id
-from handler.saliency import predict_and_explain
+from handler.saliency import Explanation, predict_and_explain
 from scripts.package import ROOT
 
 PICTURES = sorted((ROOT / "tests" / "digits").glob("*.png"))
@@ -51,9 +52,11 @@ NOTED = (MeteredStep.DECODE, *[MeteredStep.ENCODE, MeteredStep.MAP, MeteredStep.
 Step = Callable[[], object]
 
 
-def load_handler(archive: Path, folder: Path) -> tuple[Any, Context]:
+def load_handler(archive: Path, folder: Path, device: str = "cpu") -> tuple[Any, Context]:
     """Unpack an archive and load its handler as a worker does.
 
+    Args:
+        device: "cpu", or "gpu" for the first one.
     Returns:
         the handler, and the context that it is called with.
     """
@@ -61,7 +64,9 @@ def load_handler(archive: Path, folder: Path) -> tuple[Any, Context]:
         opened.extractall(folder)
     manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
     sys.path.insert(0, str(folder))  # for its entry module; the package `handler` is the repo's, which it was built from
-    service = ModelLoaderFactory.get_model_loader().load(manifest["modelName"], str(folder), manifest["handler"], batch_size=1)
+    loader = ModelLoaderFactory.get_model_loader()
+    gpu_id = 0 if device == "gpu" else None
+    service = loader.load(manifest["modelName"], str(folder), manifest["handler"], batch_size=1, gpu_id=gpu_id)
     return service._entry_point.__self__, service.context
 
 
@@ -74,8 +79,11 @@ def build_steps(handler: Any, context: Context, batch_size: int) -> dict[str, St
     pictures = [decode_image(content).grey for content in contents]
     prepared = [prepare_pictures(request, height, width) for request in requests]
     pixels = torch.from_numpy(np.stack([one.questions[0].pixels for one in prepared])[:, None])
-    targets = [(None,)] * batch_size
-    logits, explanations = predict_and_explain(handler.differentiable, pixels, targets)
+
+    def explain() -> tuple[NDArray[np.floating], list[Explanation | None]]:
+        return predict_and_explain(handler.differentiable, pixels.to(handler.device), [(None,)] * batch_size)
+
+    logits, explanations = explain()
     probabilities = probabilities_of(logits)
 
     def result(index: int, one: Prepared) -> Result:
@@ -127,7 +135,7 @@ def build_steps(handler: Any, context: Context, batch_size: int) -> dict[str, St
         "read the request (request.py)": lambda: [parse_request(row, HEADERS, handler.class_count) for row in rows],
         "decode the PNG (decode.py)": lambda: [decode_image(content) for content in contents],
         "see that it is canonical (canonical.py)": lambda: [prepare(grey, height, width) for grey in pictures],
-        "score and differentiate (saliency.py)": lambda: predict_and_explain(handler.differentiable, pixels, targets),
+        "score and differentiate (saliency.py)": explain,
         "write the JSON (reply.py)": lambda: [
             render_results([one], request.reply_format, handler.model_description, listed=False, infer=None)
             for one, request in zip(results, requests, strict=True)
@@ -196,6 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--archive", type=Path, default=ROOT / "build" / "digits.mar")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--seconds", type=float, default=5.0, help="for each batch size")
     parser.add_argument(
@@ -209,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        handler, context = load_handler(arguments.archive, Path(folder))
+        handler, context = load_handler(arguments.archive, Path(folder), arguments.device)
         logging.disable(logging.INFO)
         medians_us = {
             size: time_steps(build_steps(handler, context, size), arguments.seconds, arguments.pause)

@@ -36,7 +36,7 @@ PLAN = Plan("cpu", 0.1, [1], [1], [1])
 def test_report_on_the_cpu_has_every_figure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "report.json"
     command = ["--device=cpu", "--parts=exactness,serving", "--seconds=0.5", "--workers=1", "--connections=2"]
-    exit_code = main([*command, f"--output={output}"])
+    exit_code = main([*command, "--served-batch-sizes=4,32", f"--output={output}"])
     report, captured = json.loads(output.read_text()), capfd.readouterr()
     assert [result["problems"] for result in report["parts"].values()] == [[], []]
     assert exit_code == 0
@@ -48,9 +48,11 @@ def test_report_on_the_cpu_has_every_figure(tmp_path: Path, capfd: pytest.Captur
     assert 0 < differences["one pass"] <= TOLERANCE  # it computes in another order than autograd
     assert differences["autograd"] == 0
     (serving,) = report["parts"]["serving"]["tables"]
-    assert [(row["workers"], row["connections"], row["kind"]) for row in serving["rows"]] == [
-        (1, 2, "predict"),
-        (1, 2, "explain-npy"),
+    assert [(row["workers"], row["batches of up to"], row["connections"], row["kind"]) for row in serving["rows"]] == [
+        (1, 32, 2, "predict"),
+        (1, 32, 2, "explain-npy"),
+        (2, 4, 2, "predict"),
+        (2, 4, 2, "explain-npy"),
     ]
     assert all(row["requests/s"] > 0 for row in serving["rows"])
     assert captured.out.strip() == output.with_suffix(".md").read_text().strip()

@@ -21,6 +21,7 @@ HANDLER_IMPORTS = {  # module -> the handler modules that it may import
     "describe": {"decode", "drawing", "kserve", "methods", "request", "prepare"},
     "saliency": {"methods"},
     "one_pass": {"archive", "saliency"},
+    "cuda_graphs": {"one_pass", "saliency"},
     "archive": set[str](),
     "prepare": {"errors", "kserve", "request", "decode", "arrays", "canonical"},
     "metrics": {"errors", "methods", "prepare", "reply", "saliency"},
@@ -28,13 +29,13 @@ HANDLER_IMPORTS = {  # module -> the handler modules that it may import
     "memory": set[str](),
     "digit_handler": {
         *("errors", "request", "prepare", "reply", "describe", "saliency", "one_pass", "archive", "metrics", "worker_socket"),
-        "memory",
+        *("memory", "cuda_graphs"),
     },
 }
 OUTSIDE = {  # package -> the only handler modules that may import it
     "ts": {"digit_handler"},
     "PIL": {"decode", "drawing"},
-    "torch": {"saliency", "one_pass", "archive", "metrics", "digit_handler"},
+    "torch": {"saliency", "one_pass", "cuda_graphs", "archive", "metrics", "digit_handler"},
     "orjson": {"reply"},
 }
 HANDLER_FILES = sorted((ROOT / "handler").glob("*.py"))
