@@ -3,7 +3,7 @@ r"""Prove and measure the service on a GPU, in five parts -> a JSON file and a M
     python -m scripts.gpu_report
 
 - exactness: maps on the device against the CPU's, for every class of real digits, by autograd and by the one pass.
-- speed: images a second in one process by batch size, and what pinned memory and CUDA graphs would change.
+- speed: images a second in one process by batch size, with and without CUDA graphs, and what pinned memory would change.
 - tests: the end-to-end tests with workers on the device, and the handler's own.
 - serving: requests a second over HTTP by number of workers and connections, server and client on this machine.
 - peers: `scripts.benchmark` with all workers on the device; its own reports go beside this one's, into `peers`.
