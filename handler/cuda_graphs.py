@@ -15,6 +15,7 @@ from handler.saliency import Differentiable
 
 # Rows of the recorded batches; one in between is filled up to the next. With more rows the kernels take longer than their start.
 RECORDED_SIZES = (1, 2, 4, 8, 16, 32, 64)
+CHECKED_BATCH_SIZES = (1, *(size + 1 for size in RECORDED_SIZES[:-1]))  # the smallest batch of each recording
 WARM_UP_CALLS = 3  # before a recording: libraries set themselves up in the first calls, which no graph may hold
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ def record(passes: Differentiable, network: nn.Module, input_shape: tuple[int, i
     """
     try:
         graphs = CudaGraphs(passes, input_shape, next(network.parameters()).device)
-        difference = largest_difference(graphs, passes, network, input_shape, [1, *(size - 1 for size in RECORDED_SIZES[1:])])
+        difference = largest_difference(graphs, passes, network, input_shape, CHECKED_BATCH_SIZES)
     except Exception as error:  # noqa: BLE001  # an operator that cannot be recorded, or no memory: whatever it raises
         logger.warning("CUDA graphs cannot be used: %s: %s", type(error).__name__, str(error).partition("\n")[0])
         return passes

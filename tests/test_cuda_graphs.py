@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from handler.cuda_graphs import RECORDED_SIZES, CudaGraphs, record
+from handler.cuda_graphs import CHECKED_BATCH_SIZES, RECORDED_SIZES, CudaGraphs, record
 from handler.saliency import Autograd, Differentiable, compute_exactly, predict_and_explain
 from model.network import DigitNetwork
 from scripts.derive import derive_and_load
@@ -20,6 +20,11 @@ LARGEST = RECORDED_SIZES[-1]
 def gpu_network(network: nn.Module) -> nn.Module:
     compute_exactly()
     return network.to("cuda")
+
+
+def test_every_recording_is_checked() -> None:
+    recordings = [next(size for size in RECORDED_SIZES if size >= checked) for checked in CHECKED_BATCH_SIZES]
+    assert recordings == list(RECORDED_SIZES)
 
 
 @needs_gpu

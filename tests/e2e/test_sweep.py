@@ -13,9 +13,8 @@ def test_sweep_measures_a_setting_beside_the_committed_one(
 ) -> None:
     monkeypatch.setattr(sweep, "BUSY_CONNECTIONS", (16,))
     change = sweep.Change("metrics_mode", "log", "prometheus")
-    monkeypatch.setattr(
-        sweep, "list_changes", lambda _names, _device: [change]
-    )  # the one that changes nothing costs two more starts
+    # Without the one that changes nothing, which costs two more starts.
+    monkeypatch.setattr(sweep, "list_changes", lambda _names, _device: [change])
     output = tmp_path / "sweep.json"
     options = ["--rounds", "1", "--seconds", "0.5", "--settings", "metrics_mode"]
     assert sweep.main([*options, "--archive", str(archive), "--output", str(output)]) == 0
