@@ -225,7 +225,9 @@ def test_warm_up_is_sent_and_not_counted() -> None:
         connection.send(DIGIT if got.number >= 20 else reply_with(b"", "503 Service Unavailable"))
 
     with serving(answer) as address:
-        samples = run_open(address, call_to(address), rate=100, warm_up_s=0.2, duration_s=0.3)
+        samples = run_open(  # one connection, so that the order of sending is that of arriving and of being answered
+            address, call_to(address), rate=100, warm_up_s=0.2, duration_s=0.3, max_connections=1
+        )
     assert samples.scheduled_s == pytest.approx(np.arange(-20, 30) / 100)
     assert samples.request_count == 30
     assert (samples.status == 503).sum() == 20
