@@ -3,22 +3,19 @@
 Knows torch and nothing of HTTP, images or TorchServe.
 """
 
-import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from handler.one_pass import TOLERANCE, largest_difference
+from handler.one_pass import build_checked
 from handler.saliency import Differentiable
 
 # Rows of the recorded batches; one in between is filled up to the next. With more rows the kernels take longer than their start.
 RECORDED_SIZES = (1, 2, 4, 8, 16, 32, 64)
 CHECKED_BATCH_SIZES = (1, *(size + 1 for size in RECORDED_SIZES[:-1]))  # the smallest batch of each recording
 WARM_UP_CALLS = 3  # before a recording: libraries set themselves up in the first calls, which no graph may hold
-
-logger = logging.getLogger(__name__)
 
 Outputs = TypeVar("Outputs")
 
@@ -32,17 +29,14 @@ def record(passes: Differentiable, network: nn.Module, input_shape: tuple[int, i
     Returns:
         the recording; where that fails or differs, the passes, with a line in the log.
     """
-    try:
-        graphs = CudaGraphs(passes, input_shape, next(network.parameters()).device)
-        difference = largest_difference(graphs, passes, network, input_shape, CHECKED_BATCH_SIZES)
-    except Exception as error:  # noqa: BLE001  # an operator that cannot be recorded, or no memory: whatever it raises
-        logger.warning("CUDA graphs cannot be used: %s: %s", type(error).__name__, str(error).partition("\n")[0])
-        return passes
-    if not difference <= TOLERANCE:  # true for NaN
-        logger.warning("CUDA graphs differ by %.1e of the largest value and are not used", difference)
-        return passes
-    logger.info("CUDA graphs agree to %.1e", difference)
-    return graphs
+    return build_checked(
+        "CUDA graphs",
+        lambda: CudaGraphs(passes, input_shape, next(network.parameters()).device),
+        passes,
+        network,
+        input_shape,
+        CHECKED_BATCH_SIZES,
+    )
 
 
 class CudaGraphs:

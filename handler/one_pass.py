@@ -5,7 +5,7 @@ nothing of HTTP, images or TorchServe.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,18 +75,47 @@ def load_one_pass(file: Path, network: nn.Module, input_shape: tuple[int, int, i
     Returns:
         the pass; where it is missing, fails or differs, autograd, with a line in the log.
     """
-    reference = Autograd(network)
+    return build_checked(
+        file.name,
+        lambda: OnePass(import_file(file), network),
+        Autograd(network),
+        network,
+        input_shape,
+        CHECKED_BATCH_SIZES,
+    )
+
+
+def build_checked(
+    name: str,
+    build: Callable[[], Differentiable],
+    reference: Differentiable,
+    network: nn.Module,
+    input_shape: tuple[int, int, int],
+    batch_sizes: Sequence[int],
+) -> Differentiable:
+    """Build what should compute as the reference does, and hold it against that.
+
+    Args:
+        name: for the log.
+        build: may raise whatever it likes.
+        reference: the same numbers by a slower way.
+        network: of both, on its device.
+        input_shape: C, H, W.
+        batch_sizes: of the random pictures that both are given.
+    Returns:
+        what was built; where that fails or differs, the reference, with a line in the log.
+    """
     try:
-        one_pass = OnePass(import_file(file), network)
-        difference = largest_difference(one_pass, reference, network, input_shape, CHECKED_BATCH_SIZES)
-    except Exception as error:  # noqa: BLE001  # made for another version of PyTorch, or another network: whatever it raises
-        logger.warning("%s cannot be used, autograd is: %s: %s", file.name, type(error).__name__, error)
+        built = build()
+        difference = largest_difference(built, reference, network, input_shape, batch_sizes)
+    except Exception as error:  # noqa: BLE001  # made for another PyTorch or network, no memory: serving goes on without it
+        logger.warning("%s: not used, %s: %s", name, type(error).__name__, str(error).partition("\n")[0])
         return reference
     if not difference <= TOLERANCE:  # true for NaN
-        logger.warning("%s differs from autograd by %.1e of the largest value: autograd is used", file.name, difference)
+        logger.warning("%s: not used, off by %.1e of the largest value", name, difference)
         return reference
-    logger.info("%s agrees with autograd to %.1e", file.name, difference)
-    return one_pass
+    logger.info("%s: used, agrees to %.1e", name, difference)
+    return built
 
 
 def largest_difference(

@@ -1,6 +1,7 @@
 """Passes recorded on a GPU: the same numbers, and never used where they are not."""
 
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -75,16 +76,14 @@ class Broken:
 
 
 @needs_gpu
-@pytest.mark.parametrize(
-    ("fault", "line"), [("talks with the host", "cannot be used"), ("rows depend on each other", "differ by")]
-)
+@pytest.mark.parametrize(("fault", "reason"), [("talks with the host", r"\w+Error: "), ("rows depend on each other", "off by")])
 def test_recording_that_fails_or_differs_is_not_used(
-    gpu_network: nn.Module, caplog: pytest.LogCaptureFixture, fault: str, line: str
+    gpu_network: nn.Module, caplog: pytest.LogCaptureFixture, fault: str, reason: str
 ) -> None:
     passes = Broken(derive_and_load(gpu_network), fault)
     with caplog.at_level(logging.WARNING):
         assert record(passes, gpu_network, DigitNetwork.INPUT_SHAPE) is passes
-    assert f"CUDA graphs {line}" in caplog.text
+    assert re.search(f"CUDA graphs: not used, {reason}", caplog.text)
     assert torch.ones(1, device="cuda").sum().item() == 1  # the GPU works as before
 
 
@@ -93,4 +92,4 @@ def test_without_a_gpu_nothing_is_recorded(network: nn.Module, caplog: pytest.Lo
     passes = derive_and_load(network)
     with caplog.at_level(logging.WARNING):
         assert record(passes, network, DigitNetwork.INPUT_SHAPE) is passes
-    assert "CUDA graphs cannot be used: " in caplog.text
+    assert "CUDA graphs: not used, " in caplog.text
