@@ -107,7 +107,7 @@ def build_checked(
     """
     try:
         built = build()
-        difference = largest_difference(built, reference, network, input_shape, batch_sizes)
+        difference = _largest_difference(built, reference, network, input_shape, batch_sizes)
     except Exception as error:  # noqa: BLE001  # made for another PyTorch or network, no memory: serving goes on without it
         logger.warning("%s: not used, %s: %s", name, type(error).__name__, str(error).partition("\n")[0])
         return reference
@@ -118,7 +118,7 @@ def build_checked(
     return built
 
 
-def largest_difference(
+def _largest_difference(
     one: Differentiable,
     other: Differentiable,
     network: nn.Module,
