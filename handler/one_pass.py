@@ -105,14 +105,15 @@ def build_checked(
     Returns:
         what was built; where that fails or differs, the reference, with a line in the log.
     """
+    instead = type(reference).__name__
     try:
         built = build()
         difference = _largest_difference(built, reference, network, input_shape, batch_sizes)
     except Exception as error:  # noqa: BLE001  # made for another PyTorch or network, no memory: serving goes on without it
-        logger.warning("%s: not used, %s: %s", name, type(error).__name__, str(error).partition("\n")[0])
+        logger.warning("%s: %s used instead, %s: %s", name, instead, type(error).__name__, str(error).partition("\n")[0])
         return reference
     if not difference <= TOLERANCE:  # true for NaN
-        logger.warning("%s: not used, off by %.1e of the largest value", name, difference)
+        logger.warning("%s: %s used instead, off by %.1e of the largest value", name, instead, difference)
         return reference
     logger.info("%s: used, agrees to %.1e", name, difference)
     return built

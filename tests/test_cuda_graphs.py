@@ -83,7 +83,7 @@ def test_recording_that_fails_or_differs_is_not_used(
     passes = Broken(derive_and_load(gpu_network), fault)
     with caplog.at_level(logging.WARNING):
         assert record(passes, gpu_network, DigitNetwork.INPUT_SHAPE) is passes
-    assert re.search(f"CUDA graphs: not used, {reason}", caplog.text)
+    assert re.search(f"CUDA graphs: Broken used instead, {reason}", caplog.text)
     assert torch.ones(1, device="cuda").sum().item() == 1  # the GPU works as before
 
 
@@ -92,4 +92,4 @@ def test_without_a_gpu_nothing_is_recorded(network: nn.Module, caplog: pytest.Lo
     passes = derive_and_load(network)
     with caplog.at_level(logging.WARNING):
         assert record(passes, network, DigitNetwork.INPUT_SHAPE) is passes
-    assert "CUDA graphs: not used, " in caplog.text
+    assert "CUDA graphs: OnePass used instead, " in caplog.text
