@@ -5,11 +5,11 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCKS := requirements-dev.txt requirements-peers.txt requirements-fuzz.txt requirements-audit.txt
-SOURCES := $(wildcard handler/*.py model/network.py) model/weights.safetensors serve_config/model-config.yaml \
-           scripts/package.py scripts/derive.py scripts/promise.py scripts/ready.py scripts/prove_archive.py
+SOURCES := $(wildcard handler/*.py handler/*/*.py scripts/packaging/*.py) scripts/paths.py model/network.py model/weights.safetensors \
+           serve_config/model-config.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format package accuracy evaluate load soak benchmark sweep scale gpu fuzz train digits picture \
+.PHONY: help setup serve test lint format package accuracy evaluate load soak benchmark sweep scale gpu fuzz train digits image \
         classes localise lock audit sbom clean
 .DELETE_ON_ERROR:
 
@@ -19,15 +19,16 @@ help: ## show the targets
 setup: .venv/.installed ## make .venv with all that serving and training need (5.5 GB, about a minute)
 
 serve: build/digits.mar ## build the archive and serve it on 127.0.0.1:8080; ARGS="--workers 4 ..." (--help shows all)
-	$(BIN)/python -m scripts.serve $(ARGS)
+	$(BIN)/python -m scripts.serving $(ARGS)
 
 test: .venv/.installed-dev build/digits.mar ## run all tests, unit and end to end; ARGS="-k name" runs some
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: .venv/.installed-dev ## ruff and mypy
+lint: .venv/.installed-dev ## ruff, mypy and the import rules
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: .venv/.installed-dev ## let ruff lay out the code
 	$(BIN)/ruff check --fix
@@ -36,29 +37,29 @@ format: .venv/.installed-dev ## let ruff lay out the code
 package: build/digits.mar ## build build/digits.mar
 
 accuracy: build/digits.mar ## send MNIST's test images through HTTP, plain and as photographs; DATA_DIR=... where they are
-	$(BIN)/python -m scripts.accuracy --data-dir $(DATA_DIR) $(ARGS)
+	$(BIN)/python -m scripts.research.accuracy --data-dir $(DATA_DIR) $(ARGS)
 
 evaluate: .venv/.installed-dev ## measure the maps beside controls; fails where a gate does; DATA_DIR=... ARGS="--images 200"
-	$(BIN)/python -m scripts.evaluate --data-dir $(DATA_DIR) $(ARGS)
+	$(BIN)/python -m scripts.research.evaluate --data-dir $(DATA_DIR) $(ARGS)
 
 load: .venv/.installed-dev ## put a running server under load and report; ARGS="--rates 100,200,400 ..." (--help shows all)
-	$(BIN)/python -m scripts.load_test $(ARGS)
+	$(BIN)/python -m scripts.bench.load_test $(ARGS)
 
 soak: .venv/.installed-dev build/digits.mar ## half an hour of mixed traffic: does the server stay as it was? ARGS="--minutes 1 --warm-up 15"
-	$(BIN)/python -m scripts.soak $(ARGS)
+	$(BIN)/python -m scripts.bench.soak $(ARGS)
 
 benchmark: .venv/.installed-peers ## measure this service beside its peers (a quarter of an hour); ARGS="--rounds 3 --systems noop,mosec"
-	$(BIN)/python -m scripts.benchmark_step
-	$(BIN)/python -m scripts.benchmark $(ARGS)
+	$(BIN)/python -m scripts.bench.benchmark_step
+	$(BIN)/python -m scripts.bench.benchmark $(ARGS)
 
 gpu: .venv/.installed-dev ## prove and measure the service on a GPU, into build/gpu; ARGS="--parts speed --device cpu" (--help shows all)
-	$(BIN)/python -m scripts.gpu_report $(ARGS)
+	$(BIN)/python -m scripts.bench.gpu_report $(ARGS)
 
 sweep: .venv/.installed-dev build/digits.mar ## measure what each setting of the server is worth (an hour); ARGS="--settings batchSize,vmargs"
-	$(BIN)/python -m scripts.sweep $(ARGS)
+	$(BIN)/python -m scripts.bench.sweep $(ARGS)
 
 scale: .venv/.installed-dev build/digits.mar ## measure how cost grows, and draw .github/scaling.png; ARGS="--rounds 3"
-	$(BIN)/python -m scripts.scale $(ARGS)
+	$(BIN)/python -m scripts.bench.scale $(ARGS)
 
 fuzz: .venv/.installed-fuzz ## fuzz the path of a request for ten minutes, guided by coverage; ARGS="--seconds 60"
 	$(BIN)/python -m tests.fuzz $(ARGS)
@@ -67,18 +68,18 @@ train: .venv/.installed ## train the network again (a quarter of an hour on two 
 	$(BIN)/python -m model.train --data-dir $(DATA_DIR) $(ARGS)
 
 digits: .venv/.installed ## draw the test digits again
-	$(BIN)/python -m tests.draw_digits
+	$(BIN)/python -m model.draw_samples
 
-picture: .venv/.installed ## make the README's picture again; a server must be running
-	$(BIN)/python -m scripts.explain tests/digits/3-4.png tests/digits/4-1.png tests/digits/7-3.png --target predicted,9 \
+image: .venv/.installed ## make the README's image again; a server must be running
+	$(BIN)/python -m scripts.serving.explain model/samples/3-4.png model/samples/4-1.png model/samples/7-3.png --target predicted,9 \
 		--output .github/explained.png
 
-classes: .venv/.installed ## make the picture that the network takes for each class; DATA_DIR=...
-	$(BIN)/python -m scripts.class_pictures --data-dir $(DATA_DIR) --output .github/classes.png $(ARGS)
+classes: .venv/.installed ## make the image that the network takes for each class; DATA_DIR=...
+	$(BIN)/python -m scripts.research.class_images --data-dir $(DATA_DIR) --output .github/classes.png $(ARGS)
 
 localise: .venv/.installed-dev ## find digits in photographs by their maps; a server must be running
-	$(BIN)/python -m scripts.photograph tests/digits/3-4.png tests/digits/5-1.png --output-dir build/photographs
-	$(BIN)/python -m scripts.localise "build/photographs/3-4 phone.jpg" "build/photographs/3-4 blackboard.jpg" \
+	$(BIN)/python -m model.photograph model/samples/3-4.png model/samples/5-1.png --output-dir build/photographs
+	$(BIN)/python -m scripts.research.localise "build/photographs/3-4 phone.jpg" "build/photographs/3-4 blackboard.jpg" \
 		"build/photographs/5-1 ruled paper.jpg" "build/photographs/5-1 canvas.png" \
 		--size 168 --columns 2 --output .github/localised.png $(ARGS)
 
@@ -102,7 +103,7 @@ clean: ## remove what was built, except .venv
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache
 
 build/digits.mar: .venv/.installed $(SOURCES)
-	$(BIN)/python -m scripts.package
+	$(BIN)/python -m scripts.packaging
 
 .venv/.installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'

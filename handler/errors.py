@@ -4,20 +4,20 @@
     +-- InternalError          500  a defect of ours; the row alone fails
     +-- Overloaded             503  too much work, or too large a reply, beside others; the same request may do later
     +-- ClientError            400
-        +-- EmptyRequest       400  no picture in the request
+        +-- EmptyRequest       400  no image in the request
         +-- InvalidRequest     400  well-formed, but not what the API takes
         +-- MalformedJSON      400
         +-- MalformedBase64    400
         +-- UnknownOption      400
         +-- InvalidOption      400  a known option with a value that it does not take
-        +-- WrongShape         400  numbers that do not have the shape of a picture
+        +-- WrongShape         400  numbers that do not have the shape of an image
         +-- InvalidPixel       400  a number that is no intensity: out of range, NaN, infinite, not a number
         +-- UnreadableImage    400  not an image of an accepted format, or a damaged one
         +-- UnreadableArray    400  an .npy that is damaged, or whose elements are no pixels
-        +-- BlankPicture       422  there is no ink in the picture
+        +-- BlankImage       422  there is no ink in the image
         +-- NotAcceptable      406  the Accept header allows no reply that could be given
         +-- ImageTooLarge      413  more pixels, or more parts of a file, than are decoded
-        +-- RequestTooLarge    413  more pictures, maps or gradients than one request may ask for
+        +-- RequestTooLarge    413  more images, maps or gradients than one request may ask for
 
 A message says what was got and what is accepted, in ASCII, with the client's own values shortened.
 """
@@ -26,14 +26,14 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 SHOWN_CHARACTERS = 60  # of a client's value, in a message
-SHOWN_ERRORS = 5  # different ones, in the message for a request with several pictures
+SHOWN_ERRORS = 5  # different ones, in the message for a request with several images
 
 
 class ServiceError(Exception):
     """What a reply can say went wrong.
 
     Attributes:
-        indices: in a request with several pictures, which of them are bad, from 0.
+        indices: in a request with several images, which of them are bad, from 0.
     """
 
     status: ClassVar[int] = 500
@@ -61,7 +61,7 @@ class ClientError(ServiceError):
 
 
 class EmptyRequest(ClientError):
-    """There is no picture in the request."""
+    """There is no image in the request."""
 
 
 class InvalidRequest(ClientError):
@@ -73,7 +73,7 @@ class MalformedJSON(ClientError):
 
 
 class MalformedBase64(ClientError):
-    """The picture is meant to be base64 and is not."""
+    """The image is meant to be base64 and is not."""
 
 
 class UnknownOption(ClientError):
@@ -85,7 +85,7 @@ class InvalidOption(ClientError):
 
 
 class WrongShape(ClientError):
-    """The numbers do not have the shape of a picture."""
+    """The numbers do not have the shape of an image."""
 
 
 class InvalidPixel(ClientError):
@@ -100,8 +100,8 @@ class UnreadableArray(ClientError):
     """The bytes are a damaged .npy, or one whose elements are no pixels."""
 
 
-class BlankPicture(ClientError):
-    """There is no ink in the picture."""
+class BlankImage(ClientError):
+    """There is no ink in the image."""
 
     status = 422
 
@@ -119,23 +119,23 @@ class ImageTooLarge(ClientError):
 
 
 class RequestTooLarge(ClientError):
-    """The request asks for more pictures, maps or gradients than one may."""
+    """The request asks for more images, maps or gradients than one may."""
 
     status = 413
 
 
-def join_errors(errors: Mapping[int, ClientError], picture_count: int) -> ClientError:
-    """Make one error of those of single pictures. Its class, and so its status, is that of the first bad picture.
+def join_errors(errors: Mapping[int, ClientError], image_count: int) -> ClientError:
+    """Make one error of those of single images. Its class, and so its status, is that of the first bad image.
 
     Args:
-        errors: at least one, by the picture's index, in ascending order.
-        picture_count: of the whole request.
+        errors: at least one, by the image's index, in ascending order.
+        image_count: of the whole request.
     """
     by_message: dict[str, list[int]] = {}
     for index, error in errors.items():
         by_message.setdefault(error.message, []).append(index)
     details = [f"at {_listed(indices)}: {message}" for message, indices in by_message.items()][:SHOWN_ERRORS]
-    message = f"got {len(errors)} bad of {picture_count} pictures, at index {_listed(list(errors))}; {'; '.join(details)}"
+    message = f"got {len(errors)} bad of {image_count} images, at index {_listed(list(errors))}; {'; '.join(details)}"
     if len(by_message) > SHOWN_ERRORS:
         message += f"; and {len(by_message) - SHOWN_ERRORS} more errors"
     return type(next(iter(errors.values())))(message, tuple(errors))

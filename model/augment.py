@@ -1,6 +1,6 @@
-"""Random distortions of digit pictures, a whole batch at a time.
+"""Random distortions of digit images, a whole batch at a time.
 
-Float pictures in [0, 1] in, float pictures out (noise may leave the range), every row with its own random draw. What they
+Float images in [0, 1] in, float images out (noise may leave the range), every row with its own random draw. What they
 imitate: other hands (shift, rotation, scale, shear), other pens (stroke weight, broken strokes) and other cameras (blur, coarse
 pixels, contrast, noise).
 """
@@ -19,12 +19,12 @@ CAMERA_SHARE = 0.05  # share of rows that get each of: blur, coarse pixels, anot
 MAX_GAMMA_LOG = math.log(1.5)
 BROKEN_SHARE = 0.01  # share of rows that lose pixels, as worn strokes do; more would make deleted pixels cost too little
 MAX_BROKEN = 0.5  # share of the pixels that such a row loses at most
-NOISY_SHARE = 0.1  # share of rows with noise: it smooths the scores, and so the gradients, around a picture
+NOISY_SHARE = 0.1  # share of rows with noise: it smooths the scores, and so the gradients, around an image
 MAX_NOISE_STD = 0.2  # in intensity
 
 
 def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Distort every picture of a batch by its own random draw.
+    """Distort every image of a batch by its own random draw.
 
     Args:
         pixels: float32 (N, 1, H, W), intensity in [0, 1], ink bright on dark.

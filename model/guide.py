@@ -1,8 +1,8 @@
-"""Pictures without, and with nothing but, the pixels that the network's own gradients point at.
+"""Images without, and with nothing but, the pixels that the network's own gradients point at.
 
 Trained on both, a network means what its gradients say: without the evidence that its map of a class names, it does not answer
 that class, and that evidence alone is enough. After Ismail et al., "Improving Deep Learning Interpretability by Saliency Guided
-Training" (arXiv 2111.14338), which trains on the pictures with the rest masked.
+Training" (arXiv 2111.14338), which trains on the images with the rest masked.
 """
 
 import torch

@@ -19,7 +19,7 @@ class DigitNetwork(nn.Module):
     with respect to the input has one meaning: logit per unit of pixel intensity. There is no softmax inside.
     """
 
-    INPUT_SHAPE: ClassVar[tuple[int, int, int]] = (1, 28, 28)  # channels, height, width of one picture
+    INPUT_SHAPE: ClassVar[tuple[int, int, int]] = (1, 28, 28)  # channels, height, width of one image
     CLASS_COUNT: ClassVar[int] = 10  # class k is the digit k
 
     mean: torch.Tensor

@@ -2,8 +2,8 @@
 
     python -m model.train --data-dir build/data
 
-Adam with a one-cycle learning rate, random distortions of every picture, and an exponential moving average of the weights,
-which is what is tested and saved. Of every batch some pictures are seen twice, guided by their gradients (`model/guide.py`).
+Adam with a one-cycle learning rate, random distortions of every image, and an exponential moving average of the weights,
+which is what is tested and saved. Of every batch some images are seen twice, guided by their gradients (`model/guide.py`).
 The last epoch is the one that counts: none is chosen by the test set.
 """
 
@@ -43,7 +43,7 @@ CARD_FILE = "MODEL_CARD.md"
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """How a network does on a labelled set. `confusion[i, j]` counts pictures of digit i that were read as j."""
+    """How a network does on a labelled set. `confusion[i, j]` counts images of digit i that were read as j."""
 
     confusion: torch.Tensor
 
@@ -54,7 +54,7 @@ class Evaluation:
 
     @property
     def accuracy_by_class(self) -> list[float]:
-        """Share of right answers among the pictures of each digit, 0-1."""
+        """Share of right answers among the images of each digit, 0-1."""
         return [float(x) for x in self.confusion.diag() / self.confusion.sum(dim=1)]
 
 
@@ -91,7 +91,7 @@ def train(
     Args:
         images, test_images: uint8 (N, 1, 28, 28), grey levels 0-255.
         labels, test_labels: int64 (N,), 0-9.
-        epochs: how often each training picture is seen.
+        epochs: how often each training image is seen.
         seed: of initialisation, order, distortions and dropout. The same seed, thread count and versions give the same weights.
     Returns:
         the averaged network, in eval mode, and its test accuracy (0-1) after each epoch.

@@ -1,4 +1,4 @@
-"""What schemathesis needs to know beside the API's description: how to make pictures, and to read replies that are no JSON."""
+"""What schemathesis needs to know beside the API's description: how to make images, and to read replies that are no JSON."""
 
 import base64
 from io import BytesIO
@@ -9,26 +9,26 @@ import schemathesis
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.conftest import DIGIT_FILES
+from scripts.paths import SAMPLE_FILES
 
 ACCEPTS = ("*/*", "application/json", "application/x-npy", "image/png", "text/csv")
-FILES = [*(file.read_bytes() for file in DIGIT_FILES[::5]), DIGIT_FILES[0].with_name("7-0.npy").read_bytes()]
+FILES = [*(file.read_bytes() for file in SAMPLE_FILES[::5]), SAMPLE_FILES[0].with_name("7-0.npy").read_bytes()]
 
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
-    """Cut off a picture file's end, or overwrite some of its bytes."""
+    """Cut off an image file's end, or overwrite some of its bytes."""
     content = draw(st.sampled_from(FILES))
     place = draw(st.integers(1, len(content) - 1))
     patch = draw(st.binary(max_size=8))
     return content[:place] + patch + (content[place + len(patch) :] if draw(st.booleans()) else b"")
 
 
-PICTURES = st.sampled_from(FILES) | damaged() | st.binary(max_size=200)
+IMAGES = st.sampled_from(FILES) | damaged() | st.binary(max_size=200)
 
 for media_type in ("image/*", "application/octet-stream", "application/x-npy"):
-    schemathesis.openapi.media_type(media_type, PICTURES)
-schemathesis.openapi.format("picture", PICTURES.map(lambda content: base64.b64encode(content).decode()))
+    schemathesis.openapi.media_type(media_type, IMAGES)
+schemathesis.openapi.format("image", IMAGES.map(lambda content: base64.b64encode(content).decode()))
 
 
 @schemathesis.hook

@@ -12,12 +12,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from handler.archive import load_network
-from handler.saliency import Autograd, Differentiable, freeze
-from scripts.derive import derive_and_load
-from scripts.package import ROOT, build_archive
-
-DIGIT_FILES = sorted((ROOT / "tests" / "digits").glob("*.png"))
+from handler.gradients.compiler import compile_and_load
+from handler.gradients.explain import Autograd, Differentiable, freeze
+from handler.runtime.archive import load_network
+from scripts.packaging.package import build_archive
+from scripts.paths import MODEL_CONFIG, MODEL_FILE, SAMPLE_FILES, WEIGHTS_FILE
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -28,28 +27,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def label_of(file: Path) -> int:
-    """The digit that a test picture shows: files are named DIGIT-VARIANT.png."""
+    """The digit that a test image shows: files are named DIGIT-VARIANT.png."""
     return int(file.stem.partition("-")[0])
 
 
 @pytest.fixture(scope="session")
 def network() -> nn.Module:
     """The committed network, frozen."""
-    return freeze(load_network(ROOT / "model" / "network.py", ROOT / "model" / "weights.safetensors"))
+    return freeze(load_network(MODEL_FILE, WEIGHTS_FILE))
 
 
-@pytest.fixture(scope="session", params=["autograd", "one pass"])
+@pytest.fixture(scope="session", params=["autograd", "compiled pass"])
 def differentiable(request: pytest.FixtureRequest, network: nn.Module) -> Differentiable:
     """The committed network with its derivative: by the reference, and as a worker has it."""
     if request.param == "autograd":
         return Autograd(network)
-    return derive_and_load(network)
+    return compile_and_load(network)
 
 
 @pytest.fixture(scope="session")
 def digit_pixels() -> NDArray[np.float32]:
-    """All test digits: (50, 28, 28), intensity in [0, 1], in the order of DIGIT_FILES."""
-    return np.stack([np.asarray(Image.open(file)) for file in DIGIT_FILES]).astype(np.float32) / np.float32(255)
+    """All test digits: (50, 28, 28), intensity in [0, 1], in the order of SAMPLE_FILES."""
+    return np.stack([np.asarray(Image.open(file)) for file in SAMPLE_FILES]).astype(np.float32) / np.float32(255)
 
 
 @pytest.fixture(scope="session")
@@ -73,9 +72,9 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("archive") / "digits.mar"
     build_archive(
         output,
-        model_file=ROOT / "model" / "network.py",
-        weights_file=ROOT / "model" / "weights.safetensors",
-        model_config=ROOT / "serve_config" / "model-config.yaml",
+        model_file=MODEL_FILE,
+        weights_file=WEIGHTS_FILE,
+        model_config=MODEL_CONFIG,
     )
     return output
 

@@ -9,11 +9,11 @@ from io import BytesIO
 import numpy as np
 from PIL import Image
 
-from handler.decode import ACCEPTED_FORMATS
 from handler.errors import ClientError
-from handler.prepare import prepare_pictures
-from handler.request import parse_request
-from tests.conftest import DIGIT_FILES
+from handler.images.decode import ACCEPTED_FORMATS
+from handler.preparation import prepare_images
+from handler.protocol.request import parse_request
+from scripts.paths import SAMPLE_FILES
 
 CLASS_COUNT, HEIGHT, WIDTH = 10, 28, 28
 DOORS = 5
@@ -46,7 +46,7 @@ def outcome_of(row: object, headers: dict[str, str]) -> str:
         Exception: anything but a client error is a defect.
     """
     try:
-        prepared = prepare_pictures(parse_request(row, headers, CLASS_COUNT), HEIGHT, WIDTH)
+        prepared = prepare_images(parse_request(row, headers, CLASS_COUNT), HEIGHT, WIDTH)
     except ClientError as refused:
         return _name_of(refused)
     for question in prepared.questions:
@@ -78,19 +78,19 @@ def _name_of(refused: ClientError) -> str:
 
 def _seeds() -> list[bytes]:
     """Well-formed requests of every kind, for fuzzers to spoil."""
-    with Image.open(DIGIT_FILES[0]) as image:
-        pictures = []
+    with Image.open(SAMPLE_FILES[0]) as image:
+        images = []
         for image_format in ACCEPTED_FORMATS:
             for mode in ("L", "RGB"):
                 content = BytesIO()
                 image.convert(mode).save(content, format=image_format)
-                pictures.append(content.getvalue())
+                images.append(content.getvalue())
         levels = np.asarray(image)
     for array in (levels, levels[None] / 255.0, levels[None, None].astype(np.int16)):
         content = BytesIO()
         np.save(content, array)
-        pictures.append(content.getvalue())
-    encoded = base64.b64encode(DIGIT_FILES[0].read_bytes()).decode()
+        images.append(content.getvalue())
+    encoded = base64.b64encode(SAMPLE_FILES[0].read_bytes()).decode()
     nested = (levels // 64).tolist()
     tensor = {"name": "image", "shape": [1, 28, 28], "datatype": "UINT8", "data": [nested]}
     documents: list[object] = [
@@ -102,7 +102,7 @@ def _seeds() -> list[bytes]:
         {"id": "1", "inputs": [tensor], "outputs": [{"name": "digit"}]},
         {"inputs": [{"name": "image", "shape": [-1], "datatype": "BYTES", "data": [encoded]}]},
     ]
-    bodies = pictures + [json.dumps(document).encode() for document in documents]
+    bodies = images + [json.dumps(document).encode() for document in documents]
     return [struct.pack("B", door) + body for body in bodies for door in range(DOORS)]
 
 

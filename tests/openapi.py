@@ -8,8 +8,7 @@ import jsonschema_rs
 import requests
 import yaml
 
-from scripts.package import ROOT
-from scripts.serve import SAMPLE_PICTURE
+from scripts.paths import ROOT, SAMPLE_IMAGE
 
 DOCUMENT_FILE = ROOT / "serve_config" / "openapi.yaml"
 DOCUMENT: dict[str, Any] = yaml.safe_load(DOCUMENT_FILE.read_text())
@@ -65,11 +64,11 @@ class ExampleRequest:
     content: bytes | dict[str, Any]  # a file, or fields
 
     def arguments(self) -> dict[str, Any]:
-        """How `requests.request` sends it. A form's picture is a file, which the document cannot hold."""
+        """How `requests.request` sends it. A form's image is a file, which the document cannot hold."""
         if isinstance(self.content, bytes):
             return {"data": self.content, "headers": {"Content-Type": self.media_type.replace("image/*", "image/png")}}
         if self.media_type == "multipart/form-data":
-            return {"data": self.content, "files": {"data": SAMPLE_PICTURE.read_bytes()}}
+            return {"data": self.content, "files": {"data": SAMPLE_IMAGE.read_bytes()}}
         return {"json": self.content}
 
 

@@ -13,14 +13,14 @@ Array = NDArray[np.float64]
 
 
 class Oracle:
-    """Scores and saliency of single pictures, from a safetensors file."""
+    """Scores and saliency of single images, from a safetensors file."""
 
     def __init__(self, weights: bytes | Path) -> None:
         content = weights.read_bytes() if isinstance(weights, Path) else weights
         self.weights = {name: array.astype(np.float64) for name, array in safetensors.numpy.load(content).items()}
 
     def explain(self, pixels: Array) -> tuple[Array, Array]:
-        """Score a picture and differentiate every score.
+        """Score an image and differentiate every score.
 
         Args:
             pixels: (28, 28), intensity in [0, 1].

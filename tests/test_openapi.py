@@ -8,13 +8,15 @@ import jsonschema_rs
 import pytest
 import schemathesis
 
-from handler.decode import ACCEPTED_FORMATS, MAX_PIXELS
-from handler.describe import describe_service
 from handler.errors import ClientError, ServiceError
-from handler.kserve import BYTES, EXPLANATION_OUTPUTS, MAX_ID_CHARACTERS, MAX_PICTURES, NUMPY_TYPES, PREDICTION_OUTPUTS
-from handler.methods import METHODS, PARAMETERS, Parameter
-from handler.request import HEADER_PREFIX, OPTION_PARSERS, PICTURE_FIELDS, ReplyFormat
-from scripts.package import ROOT
+from handler.gradients.methods import METHODS, PARAMETERS, Parameter
+from handler.images.arrays import NUMPY_TYPES
+from handler.images.decode import ACCEPTED_FORMATS
+from handler.limits import MAX_ID_CHARACTERS, MAX_IMAGES, MAX_PIXELS
+from handler.protocol.describe import describe_service
+from handler.protocol.kserve import BYTES, EXPLANATION_OUTPUTS, PREDICTION_OUTPUTS
+from handler.protocol.request import HEADER_PREFIX, IMAGE_FIELDS, OPTION_PARSERS, ReplyFormat
+from scripts.paths import ROOT
 from tests.openapi import DOCUMENT, DOCUMENT_FILE, example_replies, resolve, schema_at, validator_of
 
 CLASS_COUNT = 10
@@ -74,7 +76,7 @@ def test_version_is_the_project_s() -> None:
 
 def test_every_option_is_a_field_and_a_header() -> None:
     assert list(schema_named("Options")["properties"]) == list(OPTION_PARSERS)
-    assert list(schema_named("Form")["properties"]) == [*PICTURE_FIELDS, *OPTION_PARSERS]
+    assert list(schema_named("Form")["properties"]) == [*IMAGE_FIELDS, *OPTION_PARSERS]
     assert [name.lower() for name in HEADERS] == [HEADER_PREFIX + name.replace("_", "-") for name in OPTION_PARSERS]
     for path in DOCUMENT["paths"].values():
         if "post" in path:
@@ -180,7 +182,7 @@ def test_limits_are_those_of_the_code() -> None:
     assert DOCUMENT["x-limits"] == DESCRIPTION["limits"]
     instances = schema_named("InstancesBody")["properties"]["instances"]
     replies = schema_named("PredictionList")["properties"]
-    assert {instances["maxItems"], replies["predictions"]["maxItems"], replies["explanations"]["maxItems"]} == {MAX_PICTURES}
+    assert {instances["maxItems"], replies["predictions"]["maxItems"], replies["explanations"]["maxItems"]} == {MAX_IMAGES}
     assert schema_named("InferBody")["properties"]["id"]["maxLength"] == MAX_ID_CHARACTERS
     assert f"{MAX_PIXELS:,} pixels" in schema_named("ImageFile")["description"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.package import ROOT
+from scripts.paths import ROOT
 
 LOCKS = sorted(ROOT.glob("requirements*.txt"))
 MAKEFILE = (ROOT / "Makefile").read_text()

@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from scripts.package import read_archive
-from scripts.serve import Ports, Settings, TorchServe
-from tests.conftest import DIGIT_FILES, label_of
+from scripts.packaging.package import read_archive
+from scripts.paths import SAMPLE_FILES
+from scripts.serving.launcher import Ports, Settings, TorchServe
+from tests.conftest import label_of
 from tests.oracle import Oracle
 
 BATCH_SIZE = 8
@@ -79,7 +80,7 @@ def samples(archive: Path) -> list[Sample]:
     oracle = Oracle(read_archive(archive)["weights.safetensors"])
     random = np.random.default_rng(0)
     found = []
-    for file in DIGIT_FILES[::3]:
+    for file in SAMPLE_FILES[::3]:
         with Image.open(file) as image:
             noisy = np.asarray(image) + random.integers(0, 14, (28, 28))
         levels = np.clip(noisy, 0, 255).astype(np.uint8)

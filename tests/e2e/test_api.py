@@ -16,9 +16,10 @@ import pytest
 import requests
 from numpy.typing import NDArray
 
-from scripts.accuracy import count_right_answers
-from scripts.serve import TorchServe
-from tests.conftest import DIGIT_FILES, label_of
+from scripts.paths import SAMPLE_FILES
+from scripts.research.accuracy import count_right_answers
+from scripts.serving.launcher import TorchServe
+from tests.conftest import label_of
 from tests.e2e.conftest import BATCH_SIZE, TIMEOUT_S, Sample
 from tests.hostile import png_header
 
@@ -153,12 +154,12 @@ def test_npy_reply_holds_the_map(server: TorchServe, samples: list[Sample], targ
 
 
 def test_the_projects_own_digits_are_read_rightly(server: TorchServe) -> None:
-    labels = [label_of(file) for file in DIGIT_FILES]
-    files = [file.read_bytes() for file in DIGIT_FILES]
-    assert count_right_answers(files, labels, f"{server.address}/predictions/digits") == len(DIGIT_FILES)
+    labels = [label_of(file) for file in SAMPLE_FILES]
+    files = [file.read_bytes() for file in SAMPLE_FILES]
+    assert count_right_answers(files, labels, f"{server.address}/predictions/digits") == len(SAMPLE_FILES)
 
 
-def test_explanation_of_a_blank_picture_is_finite(server: TorchServe) -> None:
+def test_explanation_of_a_blank_image_is_finite(server: TorchServe) -> None:
     reply = ask(server, explain(json={"data": [[0] * 28] * 28, "target": "all"})).json()
     assert np.isfinite(reply["explanation"]["saliency"]).all()
 
@@ -179,7 +180,7 @@ ERRORS = [
     pytest.param(lambda s: explain(files={"data": b"no image"}), 400, "UnreadableImage", id="form, not an image"),
     pytest.param(lambda s: explain(data=b""), 400, "EmptyRequest", id="empty body"),
     pytest.param(lambda s: predict(method="GET"), 400, "EmptyRequest", id="GET"),
-    pytest.param(lambda s: explain(json={}), 400, "EmptyRequest", id="no picture"),
+    pytest.param(lambda s: explain(json={}), 400, "EmptyRequest", id="no image"),
     pytest.param(
         lambda s: explain(data=json.dumps({"data": base64_of(s)}), headers={"Content-Type": "application/x-www-form-urlencoded"}),
         400,

@@ -6,11 +6,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts import benchmark
-from scripts.benchmark import BenchmarkError, check_answers, dithered
-from scripts.peers.systems import SYSTEMS, Running, Workplace
-from scripts.serve import TorchServe
-from tests.conftest import DIGIT_FILES
+from scripts.bench import benchmark
+from scripts.bench.benchmark import BenchmarkError, check_answers, dithered
+from scripts.bench.peers.systems import SYSTEMS, Running, Workplace
+from scripts.paths import SAMPLE_FILES
+from scripts.serving.launcher import TorchServe
 
 
 def test_benchmark_measures_and_reports(
@@ -58,37 +58,35 @@ def running(server: TorchServe) -> Running:
 
 
 @pytest.fixture
-def pictures() -> list[bytes]:
-    return [dithered(file.read_bytes(), seed) for seed, file in enumerate(DIGIT_FILES[5::20])]
+def images() -> list[bytes]:
+    return [dithered(file.read_bytes(), seed) for seed, file in enumerate(SAMPLE_FILES[5::20])]
 
 
-def test_same_answers_pass(running: Running, pictures: list[bytes]) -> None:
-    assert check_answers({"ours": running, "mosec": running, "stock-1": running}, pictures) == {
-        "mosec": pytest.approx(0, abs=1e-5)
-    }
+def test_same_answers_pass(running: Running, images: list[bytes]) -> None:
+    assert check_answers({"ours": running, "mosec": running, "stock-1": running}, images) == {"mosec": pytest.approx(0, abs=1e-5)}
 
 
 @pytest.mark.parametrize("name", ["saliency", "fastapi", "mosec"])
 def test_peer_gives_the_same_answers(
-    running: Running, pictures: list[bytes], tmp_path_factory: pytest.TempPathFactory, name: str
+    running: Running, images: list[bytes], tmp_path_factory: pytest.TempPathFactory, name: str
 ) -> None:
     peer = SYSTEMS[name]
     if peer.missing():
         pytest.skip(f"not installed: {', '.join(peer.missing())}")
     with peer.start(Workplace(tmp_path_factory.mktemp(name), workers=1)) as started:
-        assert check_answers({"ours": running, name: started}, pictures) == {name: pytest.approx(0, abs=1e-5)}
+        assert check_answers({"ours": running, name: started}, images) == {name: pytest.approx(0, abs=1e-5)}
         processes = started.processes()
         assert processes
     assert psutil.wait_procs(processes, timeout=10)[1] == []
 
 
-def test_another_map_is_found(running: Running, pictures: list[bytes]) -> None:
+def test_another_map_is_found(running: Running, images: list[bytes]) -> None:
     """The system of that name explains class 0, and the server behind it does not."""
     with pytest.raises(BenchmarkError, match=r"saliency has maps that differ from those of ours by \d"):
-        check_answers({"ours": running, "saliency": running}, pictures)
+        check_answers({"ours": running, "saliency": running}, images)
 
 
-def test_reply_of_another_size_is_found(running: Running, pictures: list[bytes]) -> None:
+def test_reply_of_another_size_is_found(running: Running, images: list[bytes]) -> None:
     swapped = Running(running.address, running.predict_path, running.explain_path, running.processes, ready_s=1.0)
     with pytest.raises(BenchmarkError, match=r"noop replies to explain with \(\d+, 'application/json'\), ours with"):
-        check_answers({"ours": running, "noop": swapped}, pictures)
+        check_answers({"ours": running, "noop": swapped}, images)

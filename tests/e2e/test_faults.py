@@ -1,6 +1,6 @@
 """Faults, on purpose, in a real server under load.
 
-Clients ask for known pictures all the while. Each of their requests must end in a right answer or in a clear error: a status with
+Clients ask for known images all the while. Each of their requests must end in a right answer or in a clear error: a status with
 JSON, or a connection that breaks. None may be wrong, and none may stay without an end. Every test prints its counts and how long
 it took until right answers came again: `pytest tests/e2e/test_faults.py -s`.
 """
@@ -32,8 +32,9 @@ import psutil
 import pytest
 import requests
 
-from scripts.package import read_archive
-from scripts.serve import SERVE_CONFIG, Ports, ServeError, Settings, TorchServe
+from scripts.packaging.package import read_archive
+from scripts.paths import SERVE_CONFIG
+from scripts.serving.launcher import Ports, ServeError, Settings, TorchServe
 from tests.e2e.conftest import TIMEOUT_S, Sample, workers_of
 from tests.e2e.test_serve import processes_with, read_until, serving
 
@@ -51,11 +52,11 @@ RIGHT, REFUSED, BROKEN, SILENT, WRONG = "right", "error reply", "connection brok
 
 @dataclass
 class Load:
-    """Clients that send known pictures over and over, each waiting for its answer. A context manager.
+    """Clients that send known images over and over, each waiting for its answer. A context manager.
 
     Attributes:
         address: of the inference API.
-        samples: pictures and what is right of them.
+        samples: images and what is right of them.
         ends: of each request: seconds on the monotonic clock, one of RIGHT ... WRONG, and details of what was not right.
         sent: requests so far.
     """
@@ -116,7 +117,7 @@ class Load:
 
 
 def ask(session: requests.Session, address: str, sample: Sample, *, explain: bool = True) -> tuple[str, str]:
-    """Send one picture: what came of it, and details where it was not right."""
+    """Send one image: what came of it, and details where it was not right."""
     route = "explanations" if explain else "predictions"
     try:
         headers = {"X-Saliency-Encoding": "base64"}
@@ -405,7 +406,7 @@ def change_weights(archive: Path, broken: Path) -> None:
 
 
 def leave_out_a_file(archive: Path, broken: Path) -> None:
-    write_raw(broken, {name: content for name, content in read_archive(archive).items() if name != "handler/decode.py"})
+    write_raw(broken, {name: content for name, content in read_archive(archive).items() if name != "handler/images/decode.py"})
 
 
 def leave_out_the_sums(archive: Path, broken: Path) -> None:
@@ -424,7 +425,7 @@ def write_raw(broken: Path, entries: dict[str, bytes]) -> None:
         (flip_a_bit, "Bad CRC-32 for file 'weights.safetensors'"),
         (cut_off, "File is not a zip file"),
         (change_weights, "weights.safetensors is damaged: its SHA-256 is"),
-        (leave_out_a_file, "handler/decode.py is missing from the archive"),
+        (leave_out_a_file, "handler/images/decode.py is missing from the archive"),
         (leave_out_the_sums, "the archive has no SHA256SUMS"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",

@@ -26,18 +26,19 @@ import pytest
 import requests
 import yaml
 
-from scripts import explain, load_test
-from scripts.credentials import authorization, read_token
-from scripts.package import ROOT, checksum_file_of, read_archive, write_archive
-from scripts.serve import Ports
-from tests.conftest import DIGIT_FILES
+from scripts.bench import load_test
+from scripts.packaging.package import checksum_file_of, read_archive, write_archive
+from scripts.paths import ROOT, SAMPLE_FILES
+from scripts.serving import explain
+from scripts.serving.credentials import authorization, read_token
+from scripts.serving.launcher import Ports
 from tests.e2e.conftest import TIMEOUT_S
 from tests.tls import make_certificate
 
 START_TIMEOUT_S = 240
 HOST = "127.0.0.2"  # not the address that all else is bound to, and reachable from this machine alone
 NOBODY = 65534
-PNG = DIGIT_FILES[0].read_bytes()
+PNG = SAMPLE_FILES[0].read_bytes()
 PREDICT = "/predictions/digits"
 GRPC = "/org.pytorch.serve.grpc"
 # As another user; and, where the interpreter lies in a folder that this user may not enter, with the right to read everything.
@@ -91,7 +92,9 @@ def find_unprivileged() -> list[str]:
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         return []
     for prefix in UNPRIVILEGED:
-        start_again = "import subprocess, sys, ts, scripts.serve; subprocess.run([sys.executable, '-c', ''], check=True)"
+        start_again = (
+            "import subprocess, sys, ts, scripts.serving.launcher; subprocess.run([sys.executable, '-c', ''], check=True)"
+        )
         command = [*prefix, sys.executable, "-c", start_again]
         if subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == 0:
             return prefix
@@ -122,7 +125,7 @@ def hardened(archive: Path) -> Iterator[Hardened]:
     printed = folder / "printed"
     with printed.open("wb") as output:
         process = subprocess.Popen(
-            [*prefix, sys.executable, "-m", "scripts.serve", *options],
+            [*prefix, sys.executable, "-m", "scripts.serving", *options],
             cwd=ROOT,
             env=environment,
             stdout=output,
@@ -183,7 +186,7 @@ def test_clients_use_key_file_and_certificate(
     hardened: Hardened, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # its plots take seconds
-    command = [str(DIGIT_FILES[0]), "--url", hardened.address, "--output", str(tmp_path / "a.png")]
+    command = [str(SAMPLE_FILES[0]), "--url", hardened.address, "--output", str(tmp_path / "a.png")]
     trust = ["--ca-file", str(hardened.certificate)]
     key = ["--key-file", str(hardened.key_file)]
     assert explain.main([*command, *trust, *key]) == 0
@@ -424,11 +427,11 @@ def send_secrets(hardened: Hardened, secret: Secrets) -> list[bytes]:
     ask(PREDICT, in_json, listed(**{secret("field"): secret("value")}))
     ask(PREDICT, in_json, listed(target=secret("option")))
     ask(PREDICT, in_json, listed(data=secret("base64") + "!!"))
-    ask(PREDICT, in_json, listed(data=base64.b64encode(secret("picture").encode()).decode()))
+    ask(PREDICT, in_json, listed(data=base64.b64encode(secret("image").encode()).decode()))
     ask("/v1/models/digits:explain", in_json, json.dumps({"instances": [{"data": secret("instance")}]}).encode())
     ask("/v2/models/digits/infer", in_json, json.dumps({"id": secret("id"), "inputs": [{"name": secret("name")}]}).encode())
     ask(PREDICT, {"Content-Type": "text/plain"}, b"\xff" + secret("text").encode())
-    ask(PREDICT, {}, PNG + secret("after the picture").encode())
+    ask(PREDICT, {}, PNG + secret("after the image").encode())
     ask(PREDICT, form, f"a={secret('form')}%zz".encode())
     ask(PREDICT, form, f"{secret('form')}={secret('form')}".encode())
     ask(PREDICT, form, PNG + secret("form").encode())

@@ -15,25 +15,37 @@ import requests
 import yaml
 from PIL import Image
 
-from handler.decode import MAX_JPEG_SCANS, MAX_PIXELS, MAX_SIDE, MAX_STEPS, MAX_TAG_BYTES, DecodingBudget, decode_image
-from handler.digit_handler import MAX_BATCH_SECONDS
-from handler.drawing import MAX_PIXELS_DRAWN, MAX_SIZE, Row, Style, draw
 from handler.errors import InvalidOption
-from handler.kserve import MAX_ID_CHARACTERS, MAX_PICTURES
-from handler.prepare import MAX_GRADIENTS, MAX_IMAGE_MAP_NUMBERS, MAX_MAPS, MAX_PREPARED_PICTURES
-from handler.reply import MAX_BATCH_BYTES
-from scripts.load import build_call, run_open
-from scripts.package import ROOT
-from scripts.serve import TorchServe
-from tests.conftest import DIGIT_FILES
+from handler.images.decode import DecodingBudget, decode_image
+from handler.limits import (
+    MAX_BATCH_BYTES,
+    MAX_BATCH_SECONDS,
+    MAX_DECODER_OPERATIONS,
+    MAX_GRADIENTS,
+    MAX_ID_CHARACTERS,
+    MAX_IMAGE_MAP_NUMBERS,
+    MAX_IMAGES,
+    MAX_JPEG_SCANS,
+    MAX_MAPS,
+    MAX_PIXELS,
+    MAX_PIXELS_DRAWN,
+    MAX_PREPARED_IMAGES,
+    MAX_SIDE,
+    MAX_SIZE,
+    MAX_TAG_BYTES,
+)
+from handler.render.drawing import Row, Style, draw
+from scripts.bench.load import build_call, run_open
+from scripts.paths import ROOT, SAMPLE_FILES
+from scripts.serving.launcher import TorchServe
 from tests.e2e.conftest import BATCH_SIZE
 from tests.e2e.test_api import Arguments, ask, ask_at_once, explain, predict
 from tests.e2e.test_protocols import V1_PREDICT, V2_INFER, npy
 from tests.hostile import png_chunk
 
 TIMEOUT_S = 120
-FILE = DIGIT_FILES[36]  # a seven
-PICTURE = FILE.read_bytes()
+FILE = SAMPLE_FILES[36]  # a seven
+IMAGE = FILE.read_bytes()
 MAX_BODY_BYTES = 32 * 1024 * 1024
 MAX_PROGRESSIVE_BYTES = 8_000_000
 MAX_WAITING = 1000
@@ -41,14 +53,14 @@ PNG_ENDING = 12  # bytes of the chunk that ends a PNG
 
 
 def digit_of(width: int, height: int, image_format: str = "PNG", **options: Any) -> bytes:
-    """A digit in the middle of a picture of this size."""
+    """A digit in the middle of an image of this size."""
     side = min(width, height) * 3 // 5
-    with Image.open(FILE) as image:
-        digit = image.resize((side, side), Image.Resampling.NEAREST)
-    picture = Image.new("L", (width, height))
-    picture.paste(digit, ((width - side) // 2, (height - side) // 2))
+    with Image.open(FILE) as opened:
+        digit = opened.resize((side, side), Image.Resampling.NEAREST)
+    image = Image.new("L", (width, height))
+    image.paste(digit, ((width - side) // 2, (height - side) // 2))
     content = BytesIO()
-    picture.save(content, format=image_format, **options)
+    image.save(content, format=image_format, **options)
     return content.getvalue()
 
 
@@ -60,11 +72,11 @@ def instances(*contents: bytes) -> Arguments:
     return {"route": V1_PREDICT, "json": {"instances": [encoded(content) for content in contents]}}
 
 
-def pictures(count: int, **headers: str) -> Arguments:
+def images(count: int, **headers: str) -> Arguments:
     return explain(data=npy(np.zeros((count, 28, 28), "u1")), headers={"Accept": "application/x-npy"} | _named(headers))
 
 
-def one(content: bytes = PICTURE, **headers: str) -> Arguments:
+def one(content: bytes = IMAGE, **headers: str) -> Arguments:
     return explain(data=content, headers=_named(headers))
 
 
@@ -76,15 +88,15 @@ def chunks(beyond: int) -> bytes:
     """A PNG with as many empty chunks as are just accepted, and so many more."""
 
     def with_chunks(count: int) -> bytes:
-        return PICTURE[:-PNG_ENDING] + png_chunk(b"abCd", b"") * count + PICTURE[-PNG_ENDING:]
+        return IMAGE[:-PNG_ENDING] + png_chunk(b"abCd", b"") * count + IMAGE[-PNG_ENDING:]
 
     def steps_of(count: int) -> int:
         budget = DecodingBudget()
         decode_image(with_chunks(count), budget)
-        return MAX_STEPS - budget.steps_left
+        return MAX_DECODER_OPERATIONS - budget.steps_left
 
     fixed, each = steps_of(10_000), steps_of(10_001) - steps_of(10_000)
-    return with_chunks(10_000 + (MAX_STEPS - fixed) // each + beyond)
+    return with_chunks(10_000 + (MAX_DECODER_OPERATIONS - fixed) // each + beyond)
 
 
 def progressive(byte_count: int) -> bytes:
@@ -103,7 +115,7 @@ def tagged(byte_count: int) -> bytes:
 
 
 def largest_size() -> int:
-    """The largest size at which all classes are drawn in one picture."""
+    """The largest size at which all classes are drawn in one image."""
     row = Row(np.zeros((28, 28), np.float32), np.zeros((10, 28, 28), np.float32), tuple(range(10)))
     for size in range(MAX_SIZE, 0, -1):
         try:
@@ -138,8 +150,8 @@ CASES = {
     "body": Case(
         "body",
         "32 MiB",
-        lambda: predict(data=PICTURE.ljust(MAX_BODY_BYTES, b"\0")),
-        lambda: predict(data=PICTURE.ljust(MAX_BODY_BYTES + 1, b"\0")),
+        lambda: predict(data=IMAGE.ljust(MAX_BODY_BYTES, b"\0")),
+        lambda: predict(data=IMAGE.ljust(MAX_BODY_BYTES + 1, b"\0")),
         kind="",
     ),
     "pixels of one image": Case(
@@ -165,7 +177,7 @@ CASES = {
     ),
     "chunks": Case(
         "chunks, segments and tags",
-        f"{MAX_STEPS:,}",
+        f"{MAX_DECODER_OPERATIONS:,}",
         lambda: one(chunks(0)),
         lambda: one(chunks(1)),
         kind="ImageTooLarge",
@@ -193,32 +205,30 @@ CASES = {
         400,
         "UnreadableImage",
     ),
-    "pictures": Case(
-        "pictures of a request", f"{MAX_PICTURES}", lambda: pictures(MAX_PICTURES), lambda: pictures(MAX_PICTURES + 1)
-    ),
-    "pictures to prepare": Case(
-        "of these, pictures in which the digit has to be looked for",
-        f"{MAX_PREPARED_PICTURES}",
-        lambda: instances(*[digit_of(100, 80)] * MAX_PREPARED_PICTURES),
-        lambda: instances(*[digit_of(100, 80)] * (MAX_PREPARED_PICTURES + 1)),
+    "images": Case("images of a request", f"{MAX_IMAGES}", lambda: images(MAX_IMAGES), lambda: images(MAX_IMAGES + 1)),
+    "images to prepare": Case(
+        "of these, images in which the digit has to be looked for",
+        f"{MAX_PREPARED_IMAGES}",
+        lambda: instances(*[digit_of(100, 80)] * MAX_PREPARED_IMAGES),
+        lambda: instances(*[digit_of(100, 80)] * (MAX_PREPARED_IMAGES + 1)),
     ),
     "maps": Case(
         "maps of a request",
         f"{MAX_MAPS}",
-        lambda: pictures(MAX_MAPS // 8, X_Saliency_Target="0,1,2,3,4,5,6,7"),
-        lambda: pictures(205, X_Saliency_Target="0,1,2,3,4"),  # 1025
+        lambda: images(MAX_MAPS // 8, X_Saliency_Target="0,1,2,3,4,5,6,7"),
+        lambda: images(205, X_Saliency_Target="0,1,2,3,4"),  # 1025
     ),
     "gradients of samples": Case(
         GRADIENTS,
         f"{MAX_GRADIENTS}",
-        lambda: pictures(16, X_Saliency_Method="smoothgrad", X_Saliency_Samples="256"),
-        lambda: pictures(17, X_Saliency_Method="smoothgrad", X_Saliency_Samples="241"),  # 4097
+        lambda: images(16, X_Saliency_Method="smoothgrad", X_Saliency_Samples="256"),
+        lambda: images(17, X_Saliency_Method="smoothgrad", X_Saliency_Samples="241"),  # 4097
     ),
     "gradients of steps": Case(
         GRADIENTS,
         f"{MAX_GRADIENTS}",
-        lambda: pictures(16, X_Saliency_Method="integrated_gradients", X_Saliency_Steps="255"),  # and one point more
-        lambda: pictures(17, X_Saliency_Method="integrated_gradients", X_Saliency_Steps="240"),
+        lambda: images(16, X_Saliency_Method="integrated_gradients", X_Saliency_Steps="255"),  # and one point more
+        lambda: images(17, X_Saliency_Method="integrated_gradients", X_Saliency_Steps="240"),
     ),
     "numbers in the space image": Case(
         "numbers of all maps in the space `image`",
@@ -265,7 +275,7 @@ OTHERS = {  # rows that one request cannot reach; their tests are below
 
 
 def tensor(id_characters: int) -> Arguments:
-    body = {"name": "x", "shape": [1], "datatype": "BYTES", "data": [encoded(PICTURE)]}
+    body = {"name": "x", "shape": [1], "datatype": "BYTES", "data": [encoded(IMAGE)]}
     return {"route": V2_INFER, "json": {"id": "4" * id_characters, "inputs": [body]}}
 
 
@@ -339,7 +349,7 @@ def test_worker_has_time_for_the_last_request_of_a_batch(name: str) -> None:
 SLOWEST = {
     "gradients": CASES["gradients of samples"].below,
     "pixels": CASES["pixels of one image"].below,
-    "pictures to prepare": CASES["pictures to prepare"].below,
+    "images to prepare": CASES["images to prepare"].below,
     "steps of a file": CASES["chunks"].below,
     "progressive bytes": CASES["progressive bytes"].below,
     "maps in the space image": CASES["numbers that are drawn"].below,
@@ -369,7 +379,7 @@ def test_requests_that_may_wait_are_answered_and_more_are_refused_at_once(
     assert row_of("requests waiting for a worker")[1:] == (f"{MAX_WAITING}", "503 from the frontend")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 4096)), hard))
-    call = build_call("predict", server.address, "/predictions/digits", PICTURE, {"Content-Type": "application/octet-stream"})
+    call = build_call("predict", server.address, "/predictions/digits", IMAGE, {"Content-Type": "application/octet-stream"})
     slow = SLOWEST["gradients"]() | {"timeout": TIMEOUT_S}
 
     def statuses_of(count: int) -> list[int]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts import load_test
-from scripts.serve import TorchServe
+from scripts.bench import load_test
+from scripts.serving.launcher import TorchServe
 
 MIX = ",".join(f"{name}=1" for name in load_test.KINDS)
 

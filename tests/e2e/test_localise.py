@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.localise import main
-from scripts.photograph import ink_of, photograph
-from scripts.serve import TorchServe
-from tests.conftest import DIGIT_FILES
+from model.photograph import ink_of, photograph
+from scripts.paths import SAMPLE_FILES
+from scripts.research.localise import main
+from scripts.serving.launcher import TorchServe
 
 
 def test_digits_are_found_in_photographs_by_a_servers_maps(
@@ -18,12 +18,12 @@ def test_digits_are_found_in_photographs_by_a_servers_maps(
 ) -> None:
     files = []
     for number, kind in ((28, "ruled paper"), (17, "canvas")):
-        with Image.open(DIGIT_FILES[number]) as image:
+        with Image.open(SAMPLE_FILES[number]) as image:
             content = photograph(ink_of(np.asarray(image)), kind, [0])
         files.append(tmp_path / kind)
         files[-1].write_bytes(content)
     output = tmp_path / "localised.png"
-    canonical = DIGIT_FILES[3]  # its ink is where it should be: the server reports no box, and there is nothing to compare with
+    canonical = SAMPLE_FILES[3]  # its ink is where it should be: the server reports no box, and there is nothing to compare with
     assert main([*map(str, files), str(canonical), "--url", server.address, "--output", str(output), "--columns", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4

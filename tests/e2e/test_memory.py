@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import requests
 
-from handler.memory import IDLE_S
-from scripts.serve import Ports, Settings, TorchServe
+from handler.runtime.malloc import IDLE_S
+from scripts.serving.launcher import Ports, Settings, TorchServe
 from tests.e2e.conftest import TIMEOUT_S, workers_of
 
 MIB = 2**20
-PICTURES = 1024  # as many as a request may have
+IMAGES = 1024  # as many as a request may have
 KEPT_MIB = 24  # after the first large requests: more code and tables are in use than before; without giving back 60 on CPUs
 
 
@@ -28,7 +28,7 @@ def test_idle_worker_gives_back_what_it_has_freed(archive: Path, device: str, tm
         model_config={"minWorkers": 1, "maxWorkers": 1},
     )
     content = io.BytesIO()
-    np.save(content, np.random.default_rng(0).integers(0, 256, (PICTURES, 28, 28), dtype=np.uint8))
+    np.save(content, np.random.default_rng(0).integers(0, 256, (IMAGES, 28, 28), dtype=np.uint8))
     with TorchServe(settings) as server:  # one of its own: others may hold what earlier tests' requests left
         (worker,) = workers_of(server)
         before = worker.memory_info().rss

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from handler.methods import (
+from handler.gradients.explain import Explanation, freeze, predict_and_explain
+from handler.gradients.methods import (
     GRADIENT,
     Aggregate,
     Baseline,
@@ -25,9 +26,8 @@ from handler.methods import (
     Method,
     SmoothGrad,
 )
-from handler.saliency import Explanation, freeze, predict_and_explain
 from model.network import MNIST_MEAN
-from scripts.serve import TorchServe
+from scripts.serving.launcher import TorchServe
 from tests.e2e.conftest import BATCH_SIZE, TIMEOUT_S, Sample
 from tests.e2e.test_api import Arguments, ask, ask_at_once, base64_of, check_error, check_prediction, explain, predict
 
@@ -51,7 +51,7 @@ class Reference:
     network: nn.Module
 
     def explain(self, sample: Sample, target: int | None, method: Method) -> Explanation:
-        """Explain one class of one picture."""
+        """Explain one class of one image."""
         pixels = torch.from_numpy(sample.levels.astype(np.float32) / np.float32(255)).double()[None, None]
         _, (explanation,) = predict_and_explain(self.network, pixels, [(target,)], [method], MEAN)
         assert explanation is not None
@@ -107,7 +107,7 @@ def test_all_methods_and_predictions_share_a_batch(
     batch_count: Callable[[], int],
     worker_pids: Callable[[], list[int]],
 ) -> None:
-    """Seven methods and a prediction at once, each of another picture and class, until they have shared one batch."""
+    """Seven methods and a prediction at once, each of another image and class, until they have shared one batch."""
     workers = worker_pids()
     assert len(METHODS) == BATCH_SIZE - 1
     targets = [None, 3, 9, None, 0, None, 5]
@@ -246,7 +246,7 @@ def test_npy_of_several_methods_names_each(server: TorchServe, samples: list[Sam
     assert (before, len(gaps.split(",")), after) == ("", 2, "")
 
 
-def test_maps_in_the_pixels_of_the_clients_picture(server: TorchServe, samples: list[Sample]) -> None:
+def test_maps_in_the_pixels_of_the_clients_image(server: TorchServe, samples: list[Sample]) -> None:
     """Enlarged and inverted, so that preparation has something to do; the gradient there is tested elsewhere."""
     content = BytesIO()
     sent = Image.fromarray(255 - samples[3].levels).resize((84, 84), Image.Resampling.BICUBIC)
@@ -284,7 +284,7 @@ def test_maps_in_the_pixels_of_the_clients_picture(server: TorchServe, samples: 
             {"method": "smoothgrad", "samples": 410, "target": "all"},
             413,
             "RequestTooLarge",
-            "got 1 pictures whose maps take 4,100 gradients in all",
+            "got 1 images whose maps take 4,100 gradients in all",
         ),
     ],
     ids=str,

@@ -18,12 +18,11 @@ import pytest
 import requests
 import yaml
 
-from scripts.package import ROOT
-from scripts.serve import SERVE_CONFIG, Ports, Settings, TorchServe
-from tests.conftest import DIGIT_FILES
+from scripts.paths import ROOT, SAMPLE_FILES, SERVE_CONFIG
+from scripts.serving.launcher import Ports, Settings, TorchServe
 from tests.e2e.conftest import TIMEOUT_S, workers_of
 
-PICTURE = DIGIT_FILES[36].read_bytes()
+IMAGE = SAMPLE_FILES[36].read_bytes()
 PROMETHEUS_FOLDER = SERVE_CONFIG / "prometheus"
 RULES: list[dict[str, Any]] = yaml.safe_load((PROMETHEUS_FOLDER / "alerts.yml").read_text())["groups"][0]["rules"]
 DASHBOARD: dict[str, Any] = json.loads((SERVE_CONFIG / "grafana" / "dashboard.json").read_text())
@@ -82,10 +81,10 @@ def test_what_happened_is_counted_exactly(server: TorchServe) -> None:
     before = settled(server)
     explanations, predictions = f"{server.address}/explanations/digits", f"{server.address}/predictions/digits"
     for _ in range(3):
-        assert requests.put(explanations, data=PICTURE, timeout=TIMEOUT_S).status_code == 200
-    assert requests.put(predictions, data=PICTURE, timeout=TIMEOUT_S).status_code == 200
+        assert requests.put(explanations, data=IMAGE, timeout=TIMEOUT_S).status_code == 200
+    assert requests.put(predictions, data=IMAGE, timeout=TIMEOUT_S).status_code == 200
     for method, status in (("smoothgrad", 200), ("magic", 400)):
-        reply = requests.put(explanations, data=PICTURE, headers={"X-Saliency-Method": method}, timeout=TIMEOUT_S)
+        reply = requests.put(explanations, data=IMAGE, headers={"X-Saliency-Method": method}, timeout=TIMEOUT_S)
         assert reply.status_code == status
     assert requests.put(predictions, data=b"nothing", timeout=TIMEOUT_S).status_code == 400
     after = settled(server)
@@ -120,7 +119,7 @@ def test_what_happened_is_counted_exactly(server: TorchServe) -> None:
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
-        (PICTURE, 200, "kind=explanation method=gradient status=200 error=None"),
+        (IMAGE, 200, "kind=explanation method=gradient status=200 error=None"),
         (b"nothing", 400, "kind=explanation method=unread status=400 error=UnreadableImage"),
     ],
     ids=["answer", "error"],
@@ -149,7 +148,7 @@ def test_id_that_could_be_misread_is_neither_answered_nor_logged(server: TorchSe
         "Authorization": "Bearer seeing-secret",
         "X-Request-Id": b"seen-after",
     }
-    reply = requests.put(f"{server.address}/predictions/digits", data=PICTURE, headers=headers, timeout=TIMEOUT_S)
+    reply = requests.put(f"{server.address}/predictions/digits", data=IMAGE, headers=headers, timeout=TIMEOUT_S)
     assert (reply.status_code, reply.headers["X-Correlation-Id"]) == (200, "seen-after")
     wait_for(lambda: f"correlation_id=seen-after request_id={reply.headers['X-Request-Id']}" in log_of(server), "line in the log")
     assert hostile not in log_of(server)
@@ -159,10 +158,10 @@ def test_id_that_could_be_misread_is_neither_answered_nor_logged(server: TorchSe
 
 
 def test_request_without_an_id_has_no_line_and_no_header(server: TorchServe) -> None:
-    reply = requests.put(f"{server.address}/predictions/digits", data=PICTURE, timeout=TIMEOUT_S)
+    reply = requests.put(f"{server.address}/predictions/digits", data=IMAGE, timeout=TIMEOUT_S)
     assert "X-Correlation-Id" not in reply.headers
     marker = requests.put(
-        f"{server.address}/predictions/digits", data=PICTURE, headers={"X-Request-Id": "after"}, timeout=TIMEOUT_S
+        f"{server.address}/predictions/digits", data=IMAGE, headers={"X-Request-Id": "after"}, timeout=TIMEOUT_S
     )
     wait_for(lambda: marker.headers["X-Request-Id"] in log_of(server), "line in the log")  # whatever came before is there too
     assert reply.headers["X-Request-Id"] not in log_of(server)
@@ -194,7 +193,7 @@ def traffic(server: TorchServe) -> Iterator[None]:
     def send() -> None:
         turn = 0
         while not ended.wait(0.1):
-            files = [file.read_bytes() for file in DIGIT_FILES[turn % 50 :: 10]]
+            files = [file.read_bytes() for file in SAMPLE_FILES[turn % 50 :: 10]]
             with contextlib.suppress(requests.RequestException):
                 for content in files:
                     requests.put(routes[turn % 2], data=content, timeout=TIMEOUT_S)
@@ -346,9 +345,7 @@ def test_restarted_worker_is_counted_and_every_log_line_is_json(json_server: Tor
         requests.post(f"{json_server.address}/predictions/digits", data=NAMELESS, headers=FORM, timeout=TIMEOUT_S).status_code
         == 500
     )
-    requests.put(
-        f"{json_server.address}/predictions/digits", data=PICTURE, headers={"X-Request-Id": "in-json"}, timeout=TIMEOUT_S
-    )
+    requests.put(f"{json_server.address}/predictions/digits", data=IMAGE, headers={"X-Request-Id": "in-json"}, timeout=TIMEOUT_S)
     (worker,) = workers_of(json_server)
     worker.kill()
     psutil.wait_procs([worker], timeout=WAIT_S)
@@ -383,7 +380,7 @@ def test_json_logs_differ_in_the_form_of_lines_alone() -> None:
 
 
 def test_metrics_are_found_from_any_folder(server: TorchServe) -> None:
-    """The committed path starts at the project's root; `scripts.serve` runs TorchServe in a temp folder."""
+    """The committed path starts at the project's root; `scripts.serving.launcher` runs TorchServe in a temp folder."""
     properties = (SERVE_CONFIG / "config.properties").read_text()
     assert "\nmetrics_config=serve_config/metrics.yaml\n" in properties
     assert (ROOT / "serve_config" / "metrics.yaml").is_file()

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import requests
 
-from scripts.package import ROOT
-from scripts.serve import TorchServe
+from scripts.paths import ROOT
+from scripts.serving.launcher import TorchServe
 from tests.e2e.conftest import TIMEOUT_S, Sample
 from tests.e2e.test_api import ERRORS, Arguments, ask, explain
 from tests.openapi import DOCUMENT, DOCUMENT_FILE, ExampleRequest, example_requests, validate_reply

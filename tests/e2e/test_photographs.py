@@ -1,4 +1,4 @@
-"""Pictures as people send them, through a real server: read, and explained in the client's own pixels."""
+"""Images as people send them, through a real server: read, and explained in the client's own pixels."""
 
 import base64
 import json
@@ -11,15 +11,16 @@ import requests
 from numpy.typing import NDArray
 from PIL import Image
 
-from handler.canonical import prepare
-from handler.decode import decode_image
-from scripts.photograph import SCENES, ink_of, photograph
-from scripts.serve import TorchServe
-from tests.conftest import DIGIT_FILES, label_of
+from handler.images.decode import decode_image
+from handler.images.digits import prepare
+from model.photograph import SCENES, ink_of, photograph
+from scripts.paths import SAMPLE_FILES
+from scripts.serving.launcher import TorchServe
+from tests.conftest import label_of
 from tests.e2e.conftest import TIMEOUT_S
 from tests.oracle import Oracle
 
-FILE = DIGIT_FILES[25]
+FILE = SAMPLE_FILES[25]
 
 
 def photo_of(kind: str, seed: int = 0) -> bytes:
@@ -57,23 +58,23 @@ def test_photograph_is_read_and_its_preparation_reported(server: TorchServe, kin
 @pytest.mark.parametrize("kind", ["scan", "thumbnail", "phone", "inverted scan"])
 @pytest.mark.parametrize("encoding", ["nested", "base64"])
 def test_map_in_the_clients_pixels_is_the_chain_rule(server: TorchServe, archive: Any, kind: str, encoding: str) -> None:
-    """The canonical map of the same reply, carried back by the preparation, and the shape of the picture as sent."""
+    """The canonical map of the same reply, carried back by the preparation, and the shape of the image as sent."""
     content = photo_of(kind, seed=3)
     grey = decode_image(content).grey
     headers = {"X-Saliency-Encoding": encoding, "X-Saliency-Target": "1,8"}
     if grey.size * 2 > 1_440_000:
-        pytest.fail("the picture is too large for this test")
+        pytest.fail("the image is too large for this test")
     explanation = ask(server, content, **headers, **{"X-Saliency-Space": "image"}).json()["explanation"]
     canonical = ask(server, content, **headers).json()["explanation"]
     assert explanation["space"] == "image"
     assert explanation["shape"] == [2, *grey.shape]
-    assert explanation["with_respect_to"] == "grey level in [0, 1] of the picture as sent"
+    assert explanation["with_respect_to"] == "grey level in [0, 1] of the image as sent"
     assert "geometry" in explanation["held_fixed"]
     expected = prepare(grey, 28, 28).pull_back(map_of(canonical))
     np.testing.assert_allclose(map_of(explanation), expected, atol=1e-5 + 1e-4 * float(np.abs(expected).max()))
 
 
-def test_map_of_a_canonical_picture_is_the_same_in_both_spaces(server: TorchServe) -> None:
+def test_map_of_a_canonical_image_is_the_same_in_both_spaces(server: TorchServe) -> None:
     content = FILE.read_bytes()
     image, canonical = (
         map_of(ask(server, content, **{"X-Saliency-Space": space}).json()["explanation"]) for space in ("image", "canonical")
@@ -82,8 +83,8 @@ def test_map_of_a_canonical_picture_is_the_same_in_both_spaces(server: TorchServ
 
 
 def test_prepared_pixels_are_what_the_network_gets(server: TorchServe, archive: Any) -> None:
-    """The served logits are those of the picture that `prepare` makes, by the independent network."""
-    from scripts.package import read_archive
+    """The served logits are those of the image that `prepare` makes, by the independent network."""
+    from scripts.packaging.package import read_archive
 
     content = photo_of("grey paper", seed=4)
     pixels = prepare(decode_image(content).grey, 28, 28).pixels
@@ -101,16 +102,16 @@ def test_map_of_too_many_pixels_is_refused_with_the_limit(server: TorchServe) ->
     assert "have 1,920,000 numbers; up to 1,440,000 are accepted" in reply.json()["error"]["message"]
     drawn = ask(server, content.getvalue(), **{"X-Saliency-Space": "image", "Accept": "image/png"})
     assert drawn.status_code == 200
-    with Image.open(BytesIO(drawn.content)) as picture:
-        assert picture.size == (448, 336)
+    with Image.open(BytesIO(drawn.content)) as drawing:
+        assert drawing.size == (448, 336)
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])
-def test_blank_picture_is_422(server: TorchServe, level: int) -> None:
+def test_blank_image_is_422(server: TorchServe, level: int) -> None:
     content = BytesIO()
     Image.new("L", (300, 200), level).save(content, format="PNG")
     reply = ask(server, content.getvalue())
-    assert (reply.status_code, reply.json()["error"]["type"]) == (422, "BlankPicture")
+    assert (reply.status_code, reply.json()["error"]["type"]) == (422, "BlankImage")
 
 
 def test_prepare_none_only_scales(server: TorchServe) -> None:
@@ -132,7 +133,7 @@ def test_numbers_are_prepared_only_on_request(server: TorchServe) -> None:
     assert prepared["digit"] == label_of(FILE)
 
 
-def test_drawing_over_the_clients_own_picture(server: TorchServe) -> None:
+def test_drawing_over_the_clients_own_image(server: TorchServe) -> None:
     """Where there is no saliency the photograph shows as it is."""
     content = photo_of("grey paper", seed=6)
     reply = ask(server, content, Accept="image/png", **{"X-Saliency-Space": "image", "X-Saliency-Size": "400"})

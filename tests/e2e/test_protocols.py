@@ -1,4 +1,4 @@
-"""Several pictures in one request, KServe's protocols, gRPC and the description, through a real TorchServe.
+"""Several images in one request, KServe's protocols, gRPC and the description, through a real TorchServe.
 
 As in test_api.py, answers are compared with an independent computation, and requests by all doors share batches.
 """
@@ -20,11 +20,11 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message, message_fa
 from numpy.typing import NDArray
 from PIL import Image
 
-from handler.kserve import NUMPY_TYPES
-from handler.methods import METHODS
-from handler.request import Encoding
-from scripts.package import read_archive
-from scripts.serve import TorchServe
+from handler.gradients.methods import METHODS
+from handler.images.arrays import NUMPY_TYPES
+from handler.protocol.request import Encoding
+from scripts.packaging.package import read_archive
+from scripts.serving.launcher import TorchServe
 from tests.e2e.conftest import BATCH_SIZE, TIMEOUT_S, Sample
 from tests.e2e.test_api import (
     ATOL,
@@ -79,7 +79,7 @@ def as_http(content: dict[str, Any]) -> requests.Response:
 def check_list(
     reply: requests.Response, samples: list[Sample], explained: dict[int, int | list[int] | None] | None = None
 ) -> None:
-    """Check a reply with several predictions. `explained`: the asked target of each picture that asked for a map."""
+    """Check a reply with several predictions. `explained`: the asked target of each image that asked for a map."""
     assert reply.status_code == 200, reply.text
     content = reply.json()
     assert content.keys() == ({"predictions", "explanations"} if explained else {"predictions"})
@@ -140,7 +140,7 @@ def check_array(reply: requests.Response, samples: list[Sample], target: int | l
     assert reply.headers["X-Digit"] == ";".join(str(sample.predicted) for sample in samples)
 
 
-def check_bad_pictures(reply: requests.Response, status: int, kind: str, indices: list[int]) -> None:
+def check_bad_images(reply: requests.Response, status: int, kind: str, indices: list[int]) -> None:
     assert reply.status_code == status, reply.text
     assert reply.headers["content-type"] == "application/json"
     error = reply.json()["error"]
@@ -182,13 +182,13 @@ def test_npy_of_every_kind_of_number_is_read(server: TorchServe, samples: list[S
 
 
 @pytest.mark.parametrize("target", [3, [5], [8, 1]], ids=str)
-def test_npy_reply_to_several_pictures_is_one_array(server: TorchServe, samples: list[Sample], target: int | list[int]) -> None:
+def test_npy_reply_to_several_images_is_one_array(server: TorchServe, samples: list[Sample], target: int | list[int]) -> None:
     headers = NPY | {"X-Saliency-Target": json.dumps(target)}
     check_array(ask(server, explain(data=npy(levels_of(samples[:5])), headers=headers)), samples[:5], target)
     check_array(ask(server, explain(data=npy(levels_of(samples[:1])), headers=headers)), samples[:1], target)
 
 
-def test_as_many_pictures_as_are_allowed_are_answered(server: TorchServe, samples: list[Sample]) -> None:
+def test_as_many_images_as_are_allowed_are_answered(server: TorchServe, samples: list[Sample]) -> None:
     chosen = [samples[index % len(samples)] for index in range(1024)]
     reply = ask(server, explain(data=npy(levels_of(chosen)), headers=NPY | {"X-Saliency-Target": "3"}))
     assert reply.status_code == 200, reply.text
@@ -216,7 +216,7 @@ def test_batch_of_the_largest_requests_restarts_no_worker(
         assert [prediction["digit"] for prediction in reply.json()["predictions"]] == [sample.predicted for sample in chosen]
     for reply in replies:
         if reply not in answered:
-            check_bad_pictures(reply, 503, "Overloaded", [])
+            check_bad_images(reply, 503, "Overloaded", [])
     assert worker_pids() == workers
 
 
@@ -326,7 +326,7 @@ def test_v2_npy_reply_is_one_array(server: TorchServe, samples: list[Sample]) ->
 
 
 def as_published(pixels: NDArray[Any]) -> str:
-    """A picture as those requests hold it: base64 of a 28x28 grey PNG."""
+    """An image as those requests hold it: base64 of a 28x28 grey PNG."""
     file = BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
@@ -357,7 +357,7 @@ def test_curls_default_type_is_told_what_to_do(server: TorchServe, samples: list
     """The published commands say `curl -d @file`, with a header 'ContentType' that is none: TorchServe reads a form."""
     headers = {"ContentType": "application/json", "Content-Type": "application/x-www-form-urlencoded"}
     reply = post(server, V2_INFER, data=json.dumps(v2_body([base64_of(samples[0])], [1])), headers=headers)
-    check_bad_pictures(reply, 400, "EmptyRequest", [])
+    check_bad_images(reply, 400, "EmptyRequest", [])
     assert "JSON with 'curl --json'" in reply.json()["error"]["message"]
 
 
@@ -376,7 +376,7 @@ BAD: list[Any] = [
         [],
         id="npy that declares too much",
     ),
-    pytest.param(lambda s: explain(data=npy(np.zeros((1025, 28, 28), "u1"))), 413, "RequestTooLarge", [], id="too many pictures"),
+    pytest.param(lambda s: explain(data=npy(np.zeros((1025, 28, 28), "u1"))), 413, "RequestTooLarge", [], id="too many images"),
     pytest.param(
         lambda s: explain(data=npy(np.zeros((500, 28, 28), "u1")), headers={"X-Saliency-Target": "all"}),
         413,
@@ -448,7 +448,7 @@ BAD: list[Any] = [
 
 
 @pytest.mark.parametrize(("make", "status", "kind", "indices"), BAD)
-def test_bad_request_with_several_pictures_costs_its_neighbours_nothing(
+def test_bad_request_with_several_images_costs_its_neighbours_nothing(
     server: TorchServe,
     samples: list[Sample],
     batch_count: Callable[[], int],
@@ -475,7 +475,7 @@ def test_bad_request_with_several_pictures_costs_its_neighbours_nothing(
     for _ in range(10):
         batches_before = batch_count()
         bad_reply, *good_replies = ask_at_once(server, [make(samples[0]), *(arguments for arguments, _ in good)])
-        check_bad_pictures(bad_reply, status, kind, indices)
+        check_bad_images(bad_reply, status, kind, indices)
         for reply, (_, check) in zip(good_replies, good, strict=True):
             check(reply)
         if batch_count() == batches_before + 1:
@@ -564,7 +564,7 @@ def test_grpc_takes_whatever_http_takes_as_a_body(call: Call, samples: list[Samp
         ({"data": npy(np.zeros((28, 28))), "describe": b"True"}, 400, "UnknownOption"),
         ({"data": npy(np.zeros((1025, 28, 28), "u1"))}, 413, "RequestTooLarge"),
     ],
-    ids=["no image", "no picture", "nothing", "damaged npy", "no text", "unknown option", "describe", "too many"],
+    ids=["no image", "no image", "nothing", "damaged npy", "no text", "unknown option", "describe", "too many"],
 )
 def test_grpc_error_has_its_code_in_the_body(
     call: Call, samples: list[Sample], fields: dict[str, bytes], code: int, kind: str
@@ -653,7 +653,7 @@ def test_storm_by_all_doors_gives_every_client_its_own_answer(
                 lambda r: check_tensors(r, chosen),
             ),
             partial(grpc_call, {"data": one.png, "explain": b"true"}, lambda r: check_explanation(r, one)),
-            partial(http, make(one), lambda r: check_bad_pictures(r, status, kind, indices)),
+            partial(http, make(one), lambda r: check_bad_images(r, status, kind, indices)),
             described,
         ]
         return plans[random.integers(len(plans))]

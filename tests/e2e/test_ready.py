@@ -9,9 +9,10 @@ import pytest
 import requests
 import safetensors.numpy
 
-from scripts import ready
-from scripts.package import ROOT, build_archive, read_archive
-from scripts.serve import TorchServe
+from scripts.packaging.package import build_archive, read_archive
+from scripts.paths import MODEL_CONFIG, MODEL_FILE
+from scripts.serving import ready
+from scripts.serving.launcher import TorchServe
 from tests.e2e.conftest import TIMEOUT_S
 from tests.e2e.test_faults import RECOVERY_S
 
@@ -22,13 +23,13 @@ def probe(server: TorchServe, *options: str) -> int:
 
 def test_right_answers_are_ready(server: TorchServe, archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert probe(server, "--archive", str(archive)) == 0
-    promise = ready.read_promise(archive)
-    assert promise is not None
-    assert probe(server, "--weights-sha256", promise.weights_sha256) == 0
+    reference = ready.read_reference_answer(archive)
+    assert reference is not None
+    assert probe(server, "--weights-sha256", reference.weights_sha256) == 0
     assert capsys.readouterr().err == ""
 
 
-def test_other_weights_than_promised_are_not_ready(
+def test_other_weights_than_expected_are_not_ready(
     server: TorchServe, archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = safetensors.numpy.load(read_archive(archive)["weights.safetensors"])
@@ -36,9 +37,9 @@ def test_other_weights_than_promised_are_not_ready(
     safetensors.numpy.save_file(weights, tmp_path / "weights.safetensors")
     build_archive(
         tmp_path / "new.mar",
-        model_file=ROOT / "model" / "network.py",
+        model_file=MODEL_FILE,
         weights_file=tmp_path / "weights.safetensors",
-        model_config=ROOT / "serve_config" / "model-config.yaml",
+        model_config=MODEL_CONFIG,
     )
     assert probe(server, "--archive", str(tmp_path / "new.mar")) == 1
     assert "not ready: other weights are served: " in capsys.readouterr().err

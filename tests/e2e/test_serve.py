@@ -1,4 +1,4 @@
-"""Starting and stopping: `python -m scripts.serve` and plain `torchserve`, as a person uses them."""
+"""Starting and stopping: `python -m scripts.serving` and plain `torchserve`, as a person uses them."""
 
 import contextlib
 import os
@@ -20,11 +20,11 @@ import pytest
 import requests
 from PIL import Image
 
-from scripts import explain, serve
-from scripts.gpu_report import require_workers_on
-from scripts.package import ROOT, read_archive, write_archive
-from scripts.serve import Ports, ServeError, Settings, TorchServe
-from tests.conftest import DIGIT_FILES
+from scripts.bench.gpu_report import require_workers_on
+from scripts.packaging.package import read_archive, write_archive
+from scripts.paths import ROOT, SAMPLE_FILES
+from scripts.serving import explain, launcher
+from scripts.serving.launcher import Ports, ServeError, Settings, TorchServe
 from tests.e2e.conftest import TIMEOUT_S, workers_of
 
 START_TIMEOUT_S = 120
@@ -34,10 +34,10 @@ START_TIMEOUT_S = 120
 def serving(
     ports: Ports, log_dir: Path, *more: str, environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """`python -m scripts.serve` as its own process; killed at the end where the test did not end it."""
+    """`python -m scripts.serving` as its own process; killed at the end where the test did not end it."""
     options = [f"--{name.replace('_', '-')}-port={getattr(ports, name)}" for name in Ports.__dataclass_fields__]
     process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.serve", *options, f"--log-dir={log_dir}", "--device=cpu", *more],
+        [sys.executable, "-m", "scripts.serving", *options, f"--log-dir={log_dir}", "--device=cpu", *more],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -101,7 +101,7 @@ def test_served_model_answers_the_printed_lines_and_leaves_nothing_behind(
         "PYTHONPATH": str(tmp_path / "poison") if signal_number is signal.SIGINT else "",
         "TS_CONFIG_FILE": "/nonexistent",
     }
-    # The poisoned path would also keep scripts.serve itself from starting, were its folder not the first place to look.
+    # The poisoned path would also keep scripts.serving itself from starting, were its folder not the first place to look.
     with serving(Ports.free(), tmp_path / "logs", f"--archive={archive}", "--workers=2", environment=environment) as process:
         printed = read_until(process, r"curl .*/explanations/")
         assert "2 workers ready at http://127.0.0.1:" in printed
@@ -131,7 +131,7 @@ def test_taken_port_is_named(archive: Path, tmp_path: Path, capsys: pytest.Captu
         taken.bind(("127.0.0.1", ports.management))
         taken.listen()
         options = [f"--{name.replace('_', '-')}-port={getattr(ports, name)}" for name in Ports.__dataclass_fields__]
-        assert serve.main([*options, f"--archive={archive}", f"--log-dir={tmp_path / 'logs'}"]) == 1
+        assert launcher.main([*options, f"--archive={archive}", f"--log-dir={tmp_path / 'logs'}"]) == 1
     assert f"port {ports.management} is taken; choose another with --management-port" in capsys.readouterr().err
 
 
@@ -157,7 +157,7 @@ def test_archive_that_no_worker_can_load_ends_the_start_with_the_reason(archive:
     ):
         pytest.fail("it started")
     assert broken.processes() == []
-    assert time.monotonic() - started < serve.READY_TIMEOUT_S  # it did not wait for workers that never come
+    assert time.monotonic() - started < launcher.READY_TIMEOUT_S  # it did not wait for workers that never come
 
 
 def test_settings_reach_torchserve(server: TorchServe, device: str) -> None:
@@ -181,13 +181,13 @@ def test_worker_has_the_archives_threads(server: TorchServe, device: str) -> Non
     (worker,) = workers_of(server)
     with requests.Session() as session:
         for _ in range(3):
-            session.put(f"{server.address}/explanations/digits", data=DIGIT_FILES[0].read_bytes(), timeout=TIMEOUT_S)
+            session.put(f"{server.address}/explanations/digits", data=SAMPLE_FILES[0].read_bytes(), timeout=TIMEOUT_S)
     assert worker.num_threads() <= 5
 
 
 @pytest.mark.parametrize("command", [["--workers", "3"], ["--batch-size", "16", "--max-batch-delay", "5"], []], ids=str)
 def test_options_become_settings(command: list[str]) -> None:
-    settings = serve.read_settings(serve.build_parser().parse_args(command))
+    settings = launcher.read_settings(launcher.build_parser().parse_args(command))
     expected = {
         "--workers": {"minWorkers": 3, "maxWorkers": 3},
         "--batch-size": {"batchSize": 16, "maxBatchDelay": 5},
@@ -211,7 +211,7 @@ def test_java_on_the_path_is_used_only_where_it_is_new_enough(
     (tmp_path / "java").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.delenv("JAVA_HOME", raising=False)
-    home = serve.find_java_home()
+    home = launcher.find_java_home()
     assert (home is None) == usable
     assert home is None or (home / "bin" / "java").is_file()
 
@@ -232,7 +232,7 @@ def test_plain_torchserve_serves_the_archive(archive: Path, tmp_path: Path, temp
         **{"TMPDIR": str(temp_dir), "TEMP": str(temp_dir)},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    java_home = serve.find_java_home()
+    java_home = launcher.find_java_home()
     if java_home is not None:
         environment["JAVA_HOME"] = str(java_home)
     options = "--start --ncs --model-store build --models digits=digits.mar --ts-config config.properties"
@@ -261,7 +261,7 @@ def wait_for_answer(route: str) -> dict[str, Any]:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         with contextlib.suppress(requests.RequestException):
-            reply = requests.put(route, data=DIGIT_FILES[-1].read_bytes(), timeout=10)
+            reply = requests.put(route, data=SAMPLE_FILES[-1].read_bytes(), timeout=10)
             if reply.ok:
                 content: dict[str, Any] = reply.json()
                 return content
@@ -283,7 +283,7 @@ def test_client_prints_the_answer_and_draws_the_maps(
     server: TorchServe, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str, maps: int
 ) -> None:
     output = tmp_path / "new" / "map.png"
-    files = [str(DIGIT_FILES[20]), str(DIGIT_FILES[45])]
+    files = [str(SAMPLE_FILES[20]), str(SAMPLE_FILES[45])]
     code, out, _ = run_explain(capsys, *files, "--target", target, "--url", server.address + "/", "--output", str(output))
     assert code == 0
     lines = out.splitlines()
@@ -305,7 +305,7 @@ def test_client_asks_for_another_method(server: TorchServe, tmp_path: Path, caps
     drawings = []
     for method in ("gradient", "gradient_x_input"):
         output = tmp_path / f"{method}.png"
-        arguments = [str(DIGIT_FILES[20]), "--method", method, "--url", server.address, "--output", str(output)]
+        arguments = [str(SAMPLE_FILES[20]), "--method", method, "--url", server.address, "--output", str(output)]
         assert run_explain(capsys, *arguments)[0] == 0
         with Image.open(output) as image:
             drawings.append(np.asarray(image.convert("RGB"))[30:250, 240:450])  # the map's panel
@@ -314,20 +314,20 @@ def test_client_asks_for_another_method(server: TorchServe, tmp_path: Path, caps
 
 
 def test_client_passes_on_the_servers_refusal(server: TorchServe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "text.png").write_text("no image")
     code, _, err = run_explain(capsys, str(tmp_path / "text.png"), "--url", server.address)
     assert code == 1
     assert "text.png: 400: got 10 bytes that are no image; accepted formats: PNG" in err
-    code, _, err = run_explain(capsys, str(DIGIT_FILES[0]), "--url", server.address, "--target", "ten")
+    code, _, err = run_explain(capsys, str(SAMPLE_FILES[0]), "--url", server.address, "--target", "ten")
     assert (code, "got 'ten' as 'target'" in err) == (1, True)
-    code, _, err = run_explain(capsys, str(DIGIT_FILES[0]), "--url", server.address, "--model", "letters")
+    code, _, err = run_explain(capsys, str(SAMPLE_FILES[0]), "--url", server.address, "--model", "letters")
     assert (code, "Model not found: letters" in err) == (1, True)
-    code, _, err = run_explain(capsys, *[str(DIGIT_FILES[0])] * 2, "--url", server.address, "--target", "all", "--size", "1000")
+    code, _, err = run_explain(capsys, *[str(SAMPLE_FILES[0])] * 2, "--url", server.address, "--target", "all", "--size", "1000")
     assert (code, "error: got 'size' 1000" in err) == (1, True)
 
 
 def test_client_says_where_no_server_is(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = run_explain(capsys, str(DIGIT_FILES[0]), "--url", f"http://127.0.0.1:{Ports.free().inference}")
+    code, _, err = run_explain(capsys, str(SAMPLE_FILES[0]), "--url", f"http://127.0.0.1:{Ports.free().inference}")
     assert (code, "start one with: make serve" in err) == (1, True)
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from scripts import soak
-from scripts.serve import read_model_config
-from scripts.soak_report import KIND_COLUMNS
-from scripts.soak_traffic import KINDS, RARE
+from scripts.bench import soak
+from scripts.bench.soak_report import KIND_COLUMNS
+from scripts.bench.soak_traffic import KINDS, RARE
+from scripts.serving.launcher import read_model_config
 
 # Slopes and p99 say nothing in so short a time; what is left over and what was answered does.
 JUDGED = {

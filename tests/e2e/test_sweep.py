@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import sweep
+from scripts.bench import sweep
 
 
 def test_sweep_measures_a_setting_beside_the_committed_one(

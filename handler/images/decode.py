@@ -1,0 +1,297 @@
+"""Image bytes, or nested numbers -> grey pixels in [0, 1].
+
+The trust boundary: the input is hostile. Knows nothing of TorchServe, HTTP or the network.
+"""
+
+import itertools
+import logging
+import re
+import struct
+import sys
+import warnings
+import zlib
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+
+from handler.errors import ClientError, ImageTooLarge, InvalidPixel, UnreadableImage, WrongShape, shown
+from handler.limits import MAX_DECODER_OPERATIONS, MAX_JPEG_SCANS, MAX_PIXELS, MAX_SIDE, MAX_TAG_BYTES
+
+ACCEPTED_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")  # no other decoder of Pillow's is ever tried
+
+
+JPEG_SCAN_MARKER = b"\xff\xda"  # among compressed data it cannot occur: there 0xff is followed by 0x00
+JPEG_PROGRESSIVE_MARKER = b"\xff\xc2"
+
+UNCOUNTED_BYTES = 16_384  # of a request's files: too few for reads that matter, and counting would double the time of a small one
+STEPS_OF_PARTS = {  # by the file's first bytes: Photoshop resources, Exif that is put together, texts of up to 1 MB when inflated
+    b"\xff\xd8": {b"8BIM": 1, b"Exif\0\0": 100},
+    b"\x89PNG": {b"iCCP": 1000, b"zTXt": 1000, b"iTXt": 1000},
+}
+EXIF_BYTES_A_STEP = 20
+PROGRESSIVE_BYTES_A_STEP = 80  # 8 MB in all: they take four times as long as the bytes of other JPEGs
+SLOW_COMPRESSIONS = (1, 2, "lzma")  # BMP's run lengths, which Pillow decodes in Python, and a TIFF's LZMA: seconds at MAX_PIXELS
+
+EXIF_HOLDERS = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")  # names under which Pillow keeps what may say it
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # how an Exif orientation is made upright
+
+# A PNG as most small ones are: 8 bits of grey, not interlaced, its pixels in one chunk right after its header.
+PLAIN_PNG = re.compile(rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR.{8}\x08\0\0\0\0.{8}IDAT", re.DOTALL)
+PNG_NUMBERS, PNG_NUMBERS_AT = struct.Struct(">II5xII"), 16  # width, height; the header's checksum, the data's size
+PNG_DATA_AT, PNG_SUM_SIZE, PNG_END = 41, 4, b"\0\0\0\0IEND"
+MAX_PLAIN_PIXELS = 65_536  # of larger ones the pixels cost, not how the file is opened
+INTENSITIES = np.arange(256, dtype=np.float32) / np.float32(255)  # by grey level
+
+logging.getLogger("PIL").setLevel(logging.CRITICAL)  # the reply says what is wrong with a file; the log need not
+
+# Pillow's own guard, for sizes that only show while it decodes (a GIF frame larger than its screen). It raises at twice this.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+TiffImagePlugin.READ_LIBTIFF = True  # also what is not compressed: Pillow's own loop over strips is in Python
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """An image as it was sent.
+
+    Attributes:
+        grey: float32 (H, W), intensity in [0, 1].
+        source: what it was sent as, such as "PNG image" or "integers 0-255".
+        is_canonical: sent as numbers, which are taken as what the network knows already.
+    """
+
+    grey: NDArray[np.float32]
+    source: str
+    is_canonical: bool = False
+
+
+class DecodingBudget:
+    """Counts what one request's image files declare and take, so that many images cost no more time than one may."""
+
+    def __init__(self) -> None:
+        self.pixels_left = MAX_PIXELS
+        self.steps_left = MAX_DECODER_OPERATIONS
+        self.uncounted_bytes_left = UNCOUNTED_BYTES
+
+    def take_pixels(self, width: int, height: int) -> None:
+        """Count an image before it is decoded.
+
+        Raises:
+            ImageTooLarge: it is too large by itself, or together with those before it.
+        """
+        if width * height > self.pixels_left or max(width, height) > MAX_SIDE:
+            together = "" if self.pixels_left == MAX_PIXELS else ", in all images of a request together,"
+            raise ImageTooLarge(
+                f"got an image of {width} x {height} pixels; up to {MAX_PIXELS:,} pixels{together} are accepted, and up to "
+                f"{MAX_SIDE:,} a side"
+            )
+        self.pixels_left -= width * height
+
+    def take_steps(self, count: int) -> None:
+        """Count steps before they are taken.
+
+        Raises:
+            ImageTooLarge: they are too many, by themselves or together with those before.
+        """
+        if count > self.steps_left:
+            raise ImageTooLarge(
+                "got image files of too many chunks, segments, tags or progressive bytes; files as encoders write them are "
+                "accepted"
+            )
+        self.steps_left -= count
+
+    def open_file(self, content: bytes) -> BytesIO:
+        """Give a file for Pillow to read: one whose reads are counted, unless it is small."""
+        self.uncounted_bytes_left -= len(content)
+        return BytesIO(content) if self.uncounted_bytes_left >= 0 else _CountedFile(content, self)
+
+
+class _CountedFile(BytesIO):
+    """An image file that takes a step for each read."""
+
+    def __init__(self, content: bytes, budget: DecodingBudget) -> None:
+        super().__init__(content)
+        self._budget = budget
+        is_tiff = content.startswith((b"II", b"MM"))
+        self._most_bytes = MAX_TAG_BYTES if is_tiff else sys.maxsize  # libtiff takes the pixels without a read
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read up to `size` bytes, all where it is negative.
+
+        Raises:
+            ImageTooLarge: this is one read too many.
+            UnreadableImage: a tag is too long.
+        """
+        self._budget.take_steps(1)
+        if size is not None and size > self._most_bytes:
+            raise UnreadableImage(f"got a TIFF with a tag of more than {MAX_TAG_BYTES:,} bytes; up to that are accepted")
+        return super().read(size)
+
+
+def decode_image(content: bytes, budget: DecodingBudget | None = None) -> DecodedImage:
+    """Decode an image file to grey: EXIF orientation applied, transparency laid over paper, first frame of several.
+
+    Args:
+        content: the file.
+        budget: of the request that it came in, where others came with it.
+    Raises:
+        UnreadableImage: no image of an accepted format, or a damaged one.
+        ImageTooLarge: its header declares more than the budget's pixels, or it takes more than the budget's steps.
+    """
+    budget = budget or DecodingBudget()
+    if PLAIN_PNG.match(content) and len(content) <= budget.uncounted_bytes_left:
+        plain = _decode_plain_png(content, budget)
+        if plain is not None:
+            return plain
+    if content.count(JPEG_SCAN_MARKER) > MAX_JPEG_SCANS and content.startswith(b"\xff\xd8"):
+        raise UnreadableImage(f"got a JPEG of more than {MAX_JPEG_SCANS} scans; up to that are accepted")
+    budget.take_steps(_steps_of_parts(content))
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),  # of damaged files, whose data they may show, and from half of MAX_PIXELS
+            Image.open(budget.open_file(content), formats=ACCEPTED_FORMATS) as image,
+        ):
+            budget.take_pixels(*image.size)
+            if image.info.get("compression") in SLOW_COMPRESSIONS:
+                raise UnreadableImage("got a BMP of run lengths or a TIFF with LZMA compression; other compressions are accepted")
+            budget.take_steps(_steps_of_data(image, content))
+            image.draft("L", None)  # of a JPEG, which stores brightness apart from colour: decode no colour
+            return DecodedImage(_grey(image), source=f"{image.format} image")
+    except ClientError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(f"got an image that decodes to too many pixels; up to {MAX_PIXELS:,} are accepted") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(
+            f"got {len(content):,} bytes that are no image; accepted formats: {', '.join(ACCEPTED_FORMATS)}"
+        ) from error
+    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
+        raise UnreadableImage(
+            f"got {len(content):,} bytes of a damaged or truncated image; whole files are accepted, of the formats "
+            f"{', '.join(ACCEPTED_FORMATS)}"
+        ) from error
+
+
+def _decode_plain_png(content: bytes, budget: DecodingBudget) -> DecodedImage | None:
+    """Decode a file that is as plain as PLAIN_PNG says, in a third of the time that `Image.open` takes for it.
+
+    Returns:
+        the image; None where anything about the file is unusual, and `Image.open` has to say what it is.
+    """
+    width, height, header_sum, data_size = PNG_NUMBERS.unpack_from(content, PNG_NUMBERS_AT)
+    end = PNG_DATA_AT + data_size
+    is_whole = content.startswith(PNG_END, end + PNG_SUM_SIZE) and header_sum == zlib.crc32(content[12:29])
+    if not is_whole or not 0 < width * height <= MAX_PLAIN_PIXELS:
+        return None
+    try:
+        image = Image.frombytes("L", (width, height), content[PNG_DATA_AT:end], "zip", "L")
+    except ValueError:  # pixels are missing, or no pixels
+        return None
+    budget.take_pixels(width, height)
+    budget.uncounted_bytes_left -= len(content)
+    levels = np.frombuffer(image.tobytes(), np.uint8).reshape(height, width)
+    return DecodedImage(INTENSITIES.take(levels), source="PNG image")
+
+
+def _steps_of_parts(content: bytes) -> int:
+    """Count the costly parts of a file, and what by chance looks like one, which is improbable."""
+    costs = next((costs for first_bytes, costs in STEPS_OF_PARTS.items() if content.startswith(first_bytes)), {})
+    return sum(steps * content.count(part) for part, steps in costs.items())
+
+
+def _steps_of_data(image: Image.Image, content: bytes) -> int:
+    """Count the steps that an image's Exif data and its progressive scans will take."""
+    exif_bytes = max(len(image.info.get(name, "")) for name in ("exif", "Raw profile type exif"))
+    is_progressive = "progressive" in image.info or (
+        image.info.get("compression") == "jpeg" and JPEG_PROGRESSIVE_MARKER in content  # in a TIFF
+    )
+    return exif_bytes // EXIF_BYTES_A_STEP + is_progressive * len(content) // PROGRESSIVE_BYTES_A_STEP
+
+
+def _grey(image: Image.Image) -> NDArray[np.float32]:
+    image.load()  # a TIFF turns itself upright then, and forgets its orientation
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1)) if any(map(image.info.get, EXIF_HOLDERS)) else None
+    full_scale = 65535 if image.mode.startswith("I;16") else None
+    is_deep = image.mode.startswith(("I", "F"))  # 16 or 32 bits, integers or floats
+    if not is_deep:
+        image = _lay_over_paper(image.convert("LA")) if image.has_transparency_data else image
+        image = image if image.mode == "L" else image.convert("L")
+    if turn is not None:
+        image = image.transpose(turn)
+    levels = np.asarray(image)
+    return _scale_deep(levels, full_scale) if is_deep else np.divide(levels, np.float32(255), dtype=np.float32)
+
+
+def _scale_deep(levels: NDArray[Any], full_scale: int | None) -> NDArray[np.float32]:
+    """Bring deep pixels into [0, 1]: by their type's full scale, else by the smallest usual one that holds them all."""
+    darkest, brightest = float(levels.min()), float(levels.max())
+    if not np.isfinite((darkest, brightest)).all():
+        raise ValueError("pixels that are not finite")
+    limit = full_scale or next((usual for usual in (1, 255, 65535) if brightest <= usual), brightest)
+    scaled: NDArray[np.float32] = np.divide(levels, np.float32(limit), dtype=np.float32, casting="same_kind")
+    np.clip(scaled, 0, 1, out=scaled)
+    return scaled
+
+
+def _lay_over_paper(image: Image.Image) -> Image.Image:
+    """Lay a transparent image (LA) over white paper, or over black where what is drawn is itself bright."""
+    small = np.asarray(image.reduce(max(1, max(image.size) // 256)), dtype=np.float32)
+    levels, alpha = small[..., 0], small[..., 1]
+    drawn = float(alpha.sum())
+    brightness = float((levels * alpha).sum()) / (255 * drawn) if drawn else 0.0
+    paper = Image.new("L", image.size, "black" if brightness > 0.5 and alpha.min() == 0 else "white")
+    return Image.composite(image.getchannel("L"), paper, image.getchannel("A"))
+
+
+def decode_numbers(rows: list[Any], height: int, width: int) -> DecodedImage:
+    """Check nested numbers and make them intensities: integers are 0-255; where there is a float, all are 0-1.
+
+    Args:
+        rows: `height` lists of `width` numbers each.
+    Raises:
+        WrongShape: the lists have another shape.
+        InvalidPixel: a value is no number, NaN, infinite or out of range.
+    """
+    if len(rows) != height or any(not isinstance(row, list) or len(row) != width for row in rows):
+        raise WrongShape(f"got numbers of shape {_describe_shape(rows)}; ({height}, {width}) is accepted")
+    kinds = {kind for row in rows for kind in set(map(type, row))}
+    if not kinds <= {int, float}:
+        odd = next(value for row in rows for value in row if type(value) not in (int, float))
+        raise InvalidPixel(f"got {shown(odd)} among the pixels; numbers are accepted")
+    limit, source = (1, "floats 0-1") if float in kinds else (255, "integers 0-255")
+    values = _as_floats(rows)
+    if not np.all((values >= 0) & (values <= limit)):  # false for NaN as well
+        y, x = next(place for place in np.ndindex(height, width) if not 0 <= rows[place[0]][place[1]] <= limit)
+        raise InvalidPixel(
+            f"got {shown(rows[y][x])} at row {y}, column {x}; integers from 0 to 255, or floats from 0.0 to 1.0, are accepted"
+        )
+    return DecodedImage(values.astype(np.float32) / np.float32(limit), source, is_canonical=True)
+
+
+def _as_floats(rows: list[Any]) -> NDArray[np.float64]:
+    try:
+        return np.array(rows, dtype=np.float64)
+    except OverflowError:  # an integer of more than 300 digits
+        return np.full((len(rows), len(rows[0])), np.nan)
+
+
+def _describe_shape(value: object) -> str:
+    """Render the shape of nested lists, "ragged" where their lengths differ."""
+    shape: list[str] = []
+    level = [value]
+    while level and len(shape) < 5 and all(isinstance(member, list) for member in level):
+        lengths = {len(member) for member in level if isinstance(member, list)}
+        shape.append(str(lengths.pop()) if len(lengths) == 1 else "ragged")
+        level = list(itertools.islice(itertools.chain.from_iterable(m for m in level if isinstance(m, list)), 10_000))
+    return f"({', '.join(shape)})"

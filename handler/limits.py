@@ -1,0 +1,62 @@
+"""Every limit of the service, once, with its unit and its reason.
+
+A client may ask up to here; what is beyond is refused before work starts. `describe` lists those that a client can plan by. The
+limits of TorchServe itself (bytes of a request, seconds of a batch) stand in serve_config/.
+"""
+
+# --- one request
+
+MAX_IMAGES = 1024  # a request; as one array they take 3 MB as float32, and a CPU worker a second, well inside its time limit
+# A request's images times their targets. As nested JSON a map has up to 12.5 KB, and a reply over TorchServe's limit (32 MiB,
+# serve_config/config.properties) would kill the worker. And a CPU needs a second for so many: a full batch of such requests stays
+# inside the worker's time limit.
+MAX_MAPS = 1024
+# Gradients of one image that a request's maps take: images x targets x points of the method. A CPU needs 0.15 ms for each: more
+# than half a second together, and a full batch of such requests stays inside the worker's time limit too.
+MAX_GRADIENTS = 4096
+# Numbers in all maps of a request in the pixels of its images, where the reply holds them: 1200 x 1200. As nested JSON they have
+# up to 20 MB. A reply that only draws them may have MAX_PIXELS.
+MAX_IMAGE_MAP_NUMBERS = 1_440_000
+# Images of a request in which the digit has to be looked for, found or not. Each takes a CPU about 10 ms, and of more than 200
+# pixels a side 50: three seconds together. Images that have the network's framing already do not count.
+MAX_PREPARED_IMAGES = 64
+MAX_ID_CHARACTERS = 1000  # of a request's id, which the reply repeats
+
+# --- image files and arrays
+
+MAX_PIXELS = 16_000_000  # of all images of a request, 4000 x 4000; read from the header, before any pixel is allocated
+MAX_SIDE = 16_000  # pixels of the longer side: what is computed for each row and column of an image stays small
+# A progressive JPEG may have any number of scans, and each costs a pass over all pixels, however few bytes it has. Encoders write
+# about ten.
+MAX_JPEG_SCANS = 20
+# Operations of about a microsecond that the image files of one request may take beside their pixels: reads by Pillow, which loops
+# in Python over chunks, segments and tags, and what else costs time out of proportion to its bytes. A file as an encoder writes
+# it takes a few hundred, and one of 32 MiB ten thousand.
+MAX_DECODER_OPERATIONS = 100_000
+MAX_TAG_BYTES = 1_000_000  # of a TIFF, whose numbers Pillow makes Python objects
+MAX_HEADER_BYTES = 1000  # of an .npy; that of a plain array has 128
+
+# --- parameters of methods
+
+MAX_SAMPLES = 500  # of one map; more change a mean by less than a drawing shows
+MAX_INTEGRATION_STEPS = 300  # of one map; the convergence delta is some thousandths of a logit then
+MAX_SEED = 2**32 - 1
+
+# --- drawings
+
+MIN_SIZE = 28  # pixels of a panel's longer side; below, a digit's own pixels are lost
+MAX_SIZE = 1024  # pixels of a panel's longer side
+MIN_PERCENTILE = 50
+MAX_PIXELS_DRAWN = 3_000_000  # a strip of all classes at the default size; encoding more noise would hold a worker for too long
+
+# --- one batch, of all requests that came together
+
+MAX_FORWARD_IMAGES = 256  # a larger batch is computed in parts of this size, so that memory stays bounded
+# Seconds of work on one batch; what is left of it then is refused. The slowest requests take up to three seconds each, and a
+# worker that is silent for responseTimeout (serve_config/model-config.yaml) is restarted, which costs all of the batch their
+# answers.
+MAX_BATCH_SECONDS = 20
+# Bytes of one batch's replies. TorchServe's frontend reads a batch in a time that grows with the square of its size: 32 MiB take
+# seconds, 80 MB took twenty, and a worker whose replies are not read within responseTimeout is restarted.
+MAX_BATCH_BYTES = 32 * 1024 * 1024
+MAX_HEADER_IMAGES = 100  # whose digits (or, of maps, deltas) a binary reply's headers list; proxies refuse more than 4 KB

@@ -1,0 +1,329 @@
+"""Results -> the bytes, status and headers of a reply. Knows nothing of TorchServe or torch."""
+
+import base64
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from handler.errors import Overloaded, RequestTooLarge, ServiceError, WrongShape
+from handler.limits import MAX_BATCH_BYTES, MAX_HEADER_IMAGES
+from handler.protocol.kserve import BYTES, EXPLANATION_OUTPUTS, GAP_OUTPUT, PREDICTION_OUTPUTS, Infer
+from handler.protocol.request import Encoding, Options, ReplyFormat, Space
+from handler.render.drawing import Row, draw
+
+WITH_RESPECT_TO = {
+    Space.CANONICAL: "pixel intensity in [0, 1]",
+    Space.IMAGE: "grey level in [0, 1] of the image as sent",
+}
+HELD_FIXED = "geometry, stretch, the paper's level, what cleaning changed"  # while the image's own grey levels vary
+
+
+@dataclass(frozen=True, slots=True)
+class Maps:
+    """Saliency maps of one image.
+
+    Attributes:
+        classes: what each map explains.
+        saliency: float32 (len(classes), H, W), signed; by the gradient, logit per unit of intensity.
+        gaps: float64 (len(classes),), where the method has completeness gaps.
+    """
+
+    classes: tuple[int, ...]
+    saliency: NDArray[np.float32]
+    gaps: NDArray[np.floating] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the network says of one image.
+
+    Attributes:
+        options: what was asked about it.
+        logits: float32 (K,).
+        probabilities: float64 (K,), as of `probabilities_of`.
+        maps: the explanation, where it was asked for.
+        preparation: what was done to the image before, for the reply.
+        image: float32 (H, W) in [0, 1], the pixels that the maps are of.
+    """
+
+    options: Options
+    logits: NDArray[np.float32]
+    probabilities: NDArray[np.float64]
+    maps: Maps | None
+    preparation: dict[str, Any]
+    image: NDArray[np.float32]
+
+    @property
+    def digit(self) -> int:
+        """The class with the highest score."""
+        return int(self.logits.argmax())
+
+    @property
+    def saliency(self) -> NDArray[np.float32]:
+        """The maps as they are sent: float32 (H, W), or (T, H, W) where a list of targets was asked for."""
+        assert self.maps is not None
+        return self.maps.saliency if self.options.target.several else self.maps.saliency[0]
+
+    @property
+    def target(self) -> int | list[int]:
+        """What the maps explain: a class, or a list where one was asked for."""
+        assert self.maps is not None
+        return list(self.maps.classes) if self.options.target.several else self.maps.classes[0]
+
+    @property
+    def gap(self) -> float | list[float]:
+        """The completeness gap of each map, in the form of `target`."""
+        assert self.maps is not None
+        assert self.maps.gaps is not None
+        return self.maps.gaps.tolist() if self.options.target.several else float(self.maps.gaps[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What goes back to one client. Header values are text, and `content_type` is ASCII, as TorchServe needs them.
+
+    `error` is the type of the error that it tells of.
+    """
+
+    status: int
+    content_type: str
+    body: bytes
+    headers: dict[str, str] = field(default_factory=dict)
+    error: str | None = None
+
+    @property
+    def reason_phrase(self) -> str:
+        """The constant ASCII phrase that belongs to the status."""
+        return HTTPStatus(self.status).phrase
+
+
+def render_results(
+    results: Sequence[Result], reply_format: ReplyFormat, model: dict[str, str], *, listed: bool, infer: Infer | None
+) -> Reply:
+    """Write the results of one request in the format that the client asked for.
+
+    Args:
+        results: one an image, at least one. For npy and PNG each has maps.
+        model: name, version and checksum, for the reply's `model`.
+        listed: whether the reply is a list, be it of one.
+        infer: for a JSON reply in the form of the Open Inference Protocol.
+    Raises:
+        WrongShape: one array was asked for, and the maps differ in shape.
+        InvalidOption: the PNG asked for would be too large.
+    """
+    if reply_format is ReplyFormat.PNG:
+        return _render_png(results)
+    if reply_format is ReplyFormat.NPY:
+        return _render_npy(results, listed=listed)
+    if infer is not None:
+        content = _describe_tensors(results, model, infer)
+    elif listed:
+        content = _describe_list(results, model)
+    else:
+        content = _describe(results[0], model)
+    return Reply(HTTPStatus.OK, ReplyFormat.JSON, orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+def render_description(description: dict[str, Any]) -> Reply:
+    """Write what the service says of itself."""
+    return Reply(HTTPStatus.OK, ReplyFormat.JSON, orjson.dumps(description))
+
+
+def render_error(error: ServiceError) -> Reply:
+    """Write an error. Its code is in the body too, since gRPC loses the status."""
+    content: dict[str, Any] = {"code": error.status, "type": type(error).__name__, "message": error.message}
+    if error.indices:
+        content["indices"] = error.indices
+    return Reply(error.status, ReplyFormat.JSON, json.dumps({"error": content}).encode(), error=type(error).__name__)
+
+
+def fit_batch(replies: Sequence[Reply], max_bytes: int = MAX_BATCH_BYTES) -> list[Reply]:
+    """Make a batch's replies small enough to be sent together: put an error in the place of the largest, as often as needed.
+
+    Returns:
+        the replies, in the same order; the smaller ones always unchanged.
+    """
+    fitted = list(replies)
+    size = sum(len(reply.body) for reply in fitted)
+    if size <= max_bytes:
+        return fitted
+    largest_first = sorted(range(len(fitted)), key=lambda index: len(fitted[index].body), reverse=True)
+    for index in largest_first:
+        if size <= max_bytes:
+            break
+        own_size = len(fitted[index].body)
+        error: ServiceError = Overloaded(
+            f"got many large requests at once; this one's reply has {own_size:,} bytes: send it again, or ask for less"
+        )
+        if own_size > max_bytes:  # by itself, then and later
+            error = RequestTooLarge(f"got a request whose reply has {own_size:,} bytes; up to {max_bytes:,} are sent")
+        fitted[index] = render_error(error)
+        size += len(fitted[index].body) - own_size
+    return fitted
+
+
+def probabilities_of(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Softmax, in float64: (..., K) probabilities of (..., K) logits."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
+
+
+def _describe(result: Result, model: dict[str, str]) -> dict[str, Any]:
+    """Say all there is to say of one image."""
+    digit = result.digit
+    content: dict[str, Any] = {
+        "digit": digit,
+        "probability": result.probabilities[digit],
+        "probabilities": result.probabilities,
+        "logits": result.logits,
+    }
+    if result.maps is not None:
+        content["explanation"] = _describe_maps(result)
+    content["preparation"] = result.preparation
+    content["model"] = model
+    return content
+
+
+def _describe_maps(result: Result) -> dict[str, Any]:
+    options, saliency = result.options, result.saliency
+    parameters = options.method.values
+    return {
+        "method": options.method.name,
+        **({"parameters": parameters} if parameters else {}),
+        "output": options.method.output,
+        "target": result.target,
+        "target_source": _target_source(options),
+        "with_respect_to": WITH_RESPECT_TO[options.space],
+        **({"held_fixed": HELD_FIXED} if options.space is Space.IMAGE else {}),
+        "space": options.space,
+        **({GAP_OUTPUT: result.gap} if options.method.has_gap else {}),
+        "shape": saliency.shape,
+        "dtype": _name_of(saliency.dtype),
+        "encoding": options.encoding,
+        "saliency": saliency if options.encoding is Encoding.NESTED else _base64_of(saliency),
+    }
+
+
+@functools.cache
+def _name_of(dtype: np.dtype[Any]) -> str:
+    """Its name, which numpy puts together anew each time."""
+    return dtype.name
+
+
+def _target_source(options: Options) -> str:
+    return "predicted" if all(target is None for target in options.target.classes) else "request"
+
+
+def _base64_of(saliency: NDArray[np.float32]) -> str:
+    return base64.b64encode(_little_endian(saliency)).decode()
+
+
+def _describe_list(results: Sequence[Result], model: dict[str, str]) -> dict[str, Any]:
+    """Say the same of several images, in the form of KServe v1."""
+    predictions = [_describe(result, model) for result in results]
+    explanations = [prediction.pop("explanation", None) for prediction in predictions]
+    content: dict[str, Any] = {"predictions": predictions}
+    if any(explanation is not None for explanation in explanations):
+        content["explanations"] = explanations
+    return content
+
+
+def _describe_tensors(results: Sequence[Result], model: dict[str, str], infer: Infer) -> dict[str, Any]:
+    """Say it in the form of the Open Inference Protocol v2: named tensors, whose data are flat."""
+    options = results[0].options  # one for all, in this protocol
+    explained = results[0].maps is not None
+    parameters: dict[str, Any] = {"weights_sha256": model["weights_sha256"]}
+    if explained:
+        method = options.method
+        parameters |= {"method": method.name, **method.values, "output": method.output}
+        parameters |= {"target_source": _target_source(options)}
+        parameters |= {"with_respect_to": WITH_RESPECT_TO[options.space], "space": options.space}
+    own_outputs = [name for name in EXPLANATION_OUTPUTS if name != GAP_OUTPUT or options.method.has_gap] if explained else []
+    names = infer.outputs or [*PREDICTION_OUTPUTS, *own_outputs]
+    return {
+        "model_name": model["name"],
+        "model_version": model["version"],
+        **({} if infer.id is None else {"id": infer.id}),
+        "parameters": parameters,
+        "outputs": [_tensor(name, results) for name in names],
+    }
+
+
+def _tensor(name: str, results: Sequence[Result]) -> dict[str, Any]:
+    if name == "saliency" and results[0].options.encoding is Encoding.BASE64:
+        texts = [_base64_of(result.saliency) for result in results]
+        layout = {"encoding": "base64", "dtype": "float32", "shape": ",".join(map(str, results[0].saliency.shape))}
+        return {"name": name, "datatype": BYTES, "shape": [len(texts)], "parameters": layout, "data": texts}
+    make, datatype = _OUTPUT_MAKERS[name]
+    values = make(results)
+    return {"name": name, "datatype": datatype, "shape": values.shape, "data": values.ravel()}
+
+
+def _stack_maps(results: Sequence[Result]) -> NDArray[np.float32]:
+    """Put the maps of all images into one array: float32 (N, H, W) or (N, T, H, W)."""
+    shapes = {result.saliency.shape for result in results}
+    if len(shapes) > 1:
+        raise WrongShape(f"got images whose maps have the shapes {sorted(shapes)}; for one array, one shape is accepted")
+    return np.stack([result.saliency for result in results])
+
+
+def _stack_probabilities(results: Sequence[Result]) -> NDArray[np.float32]:
+    return np.stack([result.probabilities for result in results]).astype(np.float32)
+
+
+_OUTPUT_MAKERS: dict[str, tuple[Callable[[Sequence[Result]], NDArray[Any]], str]] = {
+    "digit": (lambda results: np.array([result.digit for result in results], dtype=np.int64), "INT64"),  # (N,)
+    "probability": (lambda results: _stack_probabilities(results).max(axis=1), "FP32"),  # (N,)
+    "probabilities": (_stack_probabilities, "FP32"),  # (N, K)
+    "logits": (lambda results: np.stack([result.logits for result in results]), "FP32"),  # (N, K)
+    "target": (lambda results: np.array([result.target for result in results], dtype=np.int64), "INT64"),  # (N,) or (N, T)
+    "saliency": (_stack_maps, "FP32"),  # (N, H, W) or (N, T, H, W)
+    GAP_OUTPUT: (lambda results: np.array([result.gap for result in results], dtype=np.float32), "FP32"),  # (N,) or (N, T)
+}
+
+
+def _little_endian(saliency: NDArray[np.float32]) -> bytes:
+    return saliency.astype("<f4").tobytes()
+
+
+def _render_npy(results: Sequence[Result], *, listed: bool) -> Reply:
+    saliency = _stack_maps(results) if listed else results[0].saliency
+    body = BytesIO()
+    np.save(body, saliency.astype("<f4"), allow_pickle=False)
+    return Reply(HTTPStatus.OK, ReplyFormat.NPY, body.getvalue(), _map_headers(results))
+
+
+def _render_png(results: Sequence[Result]) -> Reply:
+    rows = [Row(result.image, result.maps.saliency, result.maps.classes) for result in results if result.maps is not None]
+    return Reply(HTTPStatus.OK, ReplyFormat.PNG, draw(rows, results[0].options.style), _map_headers(results))
+
+
+def _map_headers(results: Sequence[Result]) -> dict[str, str]:
+    """What a binary reply says beside the maps. Least and largest are of their numbers, whatever the colours."""
+    methods = [result.options.method.name for result in results]
+    if len(set(methods)) == 1:
+        methods = methods[:1]
+    headers = {
+        "X-Saliency-Min": repr(float(min(result.saliency.min() for result in results))),
+        "X-Saliency-Max": repr(float(max(result.saliency.max() for result in results))),
+    }
+    if len(methods) <= MAX_HEADER_IMAGES:
+        headers["X-Saliency-Method"] = ";".join(methods)
+    gaps = [np.atleast_1d(result.gap).tolist() if result.options.method.has_gap else [] for result in results]
+    if any(gaps) and sum(map(len, gaps)) <= MAX_HEADER_IMAGES:
+        headers["X-Saliency-Completeness-Gap"] = ";".join(",".join(map(repr, own)) for own in gaps)
+    if len(results) <= MAX_HEADER_IMAGES:
+        headers |= {
+            "X-Digit": ";".join(str(result.digit) for result in results),
+            "X-Probability": ";".join(repr(float(result.probabilities.max())) for result in results),
+            "X-Saliency-Target": ";".join(",".join(map(str, np.atleast_1d(result.target))) for result in results),
+        }
+    return headers

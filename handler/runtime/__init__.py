@@ -1,0 +1,1 @@
+"""What keeps a worker running: the archive's files, metrics, and the allocator."""

@@ -1,0 +1,124 @@
+"""The files of an unpacked archive -> a checked network.
+
+The archive lists its files in SHA256SUMS, in the format of `sha256sum`, so that `sha256sum --check SHA256SUMS` holds in it.
+Knows nothing of TorchServe.
+"""
+
+import hashlib
+import inspect
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from handler.gradients.compiled import import_file
+
+SUMS_FILE = "SHA256SUMS"
+
+
+class ArchiveError(RuntimeError):
+    """The archive is not fit to be served: a file is missing, damaged, or does not match the others."""
+
+
+def verify_files(model_dir: Path) -> dict[str, str]:
+    """Check every file that SHA256SUMS lists.
+
+    Returns:
+        the SHA-256 of each listed file, in hexadecimal, by its path in the archive.
+    Raises:
+        ArchiveError: the list or a listed file is missing, or a file is not what the list says.
+    """
+    sums_file = model_dir / SUMS_FILE
+    if not sums_file.is_file():
+        raise ArchiveError(f"the archive has no {SUMS_FILE}; build it with scripts/packaging/package.py")
+    sums = {}
+    for line in sums_file.read_text().splitlines():
+        expected, _, name = line.partition("  ")
+        path = model_dir / name
+        if not path.is_file():
+            raise ArchiveError(f"{name} is missing from the archive")
+        actual = hashlib.sha256(path.read_bytes()).hexdigest()
+        if actual != expected:
+            raise ArchiveError(f"{name} is damaged: its SHA-256 is {actual}, and {SUMS_FILE} says {expected}")
+        sums[name] = actual
+    return sums
+
+
+def build_network(model_file: Path) -> nn.Module:
+    """Build the one network that a Python file defines, on the CPU, with random weights.
+
+    Raises:
+        ArchiveError: the file does not define exactly one network that says its INPUT_SHAPE (channels, height, width) and its
+            CLASS_COUNT.
+    """
+    if not model_file.is_file():
+        raise ArchiveError(f"the model file {model_file.name} is missing from the archive")
+    module = import_file(model_file)
+    classes = [
+        member
+        for _, member in inspect.getmembers(module, inspect.isclass)
+        if issubclass(member, nn.Module) and member.__module__ == module.__name__
+    ]
+    if len(classes) != 1:
+        raise ArchiveError(f"{model_file.name} defines {len(classes)} networks; exactly one is accepted")
+    for attribute in ("INPUT_SHAPE", "CLASS_COUNT"):
+        if not hasattr(classes[0], attribute):
+            raise ArchiveError(f"the network in {model_file.name} does not say its {attribute}")
+    network: nn.Module = classes[0]()
+    return network
+
+
+def load_network(model_file: Path, weights_file: Path) -> nn.Module:
+    """Build a network and load its weights.
+
+    Raises:
+        ArchiveError: as `build_network` and `load_weights`.
+    """
+    network = build_network(model_file)
+    load_weights(network, weights_file)
+    return network
+
+
+def mean_pixel_of(network: nn.Module, channels: int) -> NDArray[np.floating] | None:
+    """The mean of the pixels that a network was trained on, where it says it.
+
+    It says so by a tensor `mean` of one number, or of one for each channel.
+
+    Returns:
+        (1, 1, 1) or (C, 1, 1); None where there is none.
+    """
+    mean = getattr(network, "mean", None)
+    if not isinstance(mean, torch.Tensor) or mean.numel() not in (1, channels):
+        return None
+    values: NDArray[np.floating] = mean.detach().cpu().numpy().reshape(-1, 1, 1)
+    return values
+
+
+def load_weights(network: nn.Module, weights_file: Path) -> None:
+    """Load safetensors weights (which hold no pickle) into a network, after checking that they are its own.
+
+    Raises:
+        ArchiveError: they are missing, unreadable, not finite, or have other names, shapes or types than the network's.
+    """
+    try:
+        weights = safetensors.torch.load_file(weights_file)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ArchiveError(f"the weights {weights_file.name} are missing or unreadable: {error}") from error
+    expected = {name: _describe(tensor) for name, tensor in network.state_dict().items()}
+    found = {name: _describe(tensor) for name, tensor in weights.items()}
+    if found != expected:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        details = "; ".join(f"{name}: expected {expected.get(name, 'none')}, found {found.get(name, 'none')}" for name in wrong)
+        raise ArchiveError(f"the weights {weights_file.name} are not the network's: {details}")
+    not_finite = [name for name, tensor in weights.items() if not torch.all(torch.isfinite(tensor))]
+    if not_finite:
+        raise ArchiveError(f"the weights {weights_file.name} hold NaN or infinity in {', '.join(not_finite)}")
+    network.load_state_dict(weights)
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}".removeprefix("torch.")

@@ -1,0 +1,235 @@
+"""The TorchServe handler: wiring, and nothing else.
+
+TorchServe calls `initialize` once in a worker and `handle` once a batch. Every decision is taken for one request at a time:
+whether it is a prediction or an explanation, of which classes, in which format, and whether it is an error.
+"""
+
+import logging
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+from ts.context import Context
+from ts.torch_handler.base_handler import BaseHandler
+
+from handler.errors import InternalError, Overloaded, ServiceError
+from handler.gradients.compiled import COMPILED_PASS_FILE, load_compiled_pass
+from handler.gradients.cuda_graphs import record
+from handler.gradients.explain import Explanation, compute_exactly, freeze, predict_and_explain
+from handler.limits import MAX_BATCH_SECONDS, MAX_FORWARD_IMAGES, MAX_GRADIENTS
+from handler.preparation import Prepared, Question, prepare_images
+from handler.protocol.describe import describe_service
+from handler.protocol.reply import (
+    Maps,
+    Reply,
+    Result,
+    fit_batch,
+    probabilities_of,
+    render_description,
+    render_error,
+    render_results,
+)
+from handler.protocol.request import ROUTE_HEADER, is_describe_request, parse_request, read_correlation_id
+from handler.runtime.archive import load_network, mean_pixel_of, verify_files
+from handler.runtime.malloc import IdleTrimmer, keep_freed_memory
+from handler.runtime.metrics import Meter, Step, TimedPasses, answer_of
+from handler.torchserve import adapt_worker, emitter_to_frontend, leave_with_a_lost_gpu
+
+logger = logging.getLogger(__name__)
+
+
+# TorchServe puts an id of its own into every reply's X-Request-Id, over anything that stands there.
+CORRELATION_HEADER = "X-Correlation-Id"
+
+Inferred = tuple[NDArray[np.float32], NDArray[np.float64], Explanation | None]  # (K,) logits and probabilities, maps
+
+
+class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
+    """Answers which class an image is of and, where a request asks for it, which pixels said so."""
+
+    def initialize(self, context: Context) -> None:
+        """Load what the archive carries onto this worker's device, and run it once.
+
+        Raises:
+            ArchiveError: a file of the archive is missing, damaged or does not match the others.
+        """
+        settings = (context.model_yaml_config or {}).get("handler", {})
+        properties = context.system_properties
+        model_dir = Path(properties["model_dir"])
+        manifest = context.manifest["model"]
+        sums = verify_files(model_dir)
+
+        compute_exactly()  # importing BaseHandler allows TF32 on newer GPUs; exact gradients are the product
+        keep_freed_memory()
+        adapt_worker(context, log_batches=bool(settings.get("log_batches")))
+        if "torch_threads" in settings:
+            torch.set_num_threads(int(settings["torch_threads"]))
+            # numpy's BLAS has threads of its own, which after each product spin for a while on cores that others could use.
+            threadpool_limits(int(settings["torch_threads"]), user_api="blas")
+        gpu = properties.get("gpu_id")
+        self.device = torch.device(f"cuda:{gpu}" if gpu is not None and torch.cuda.is_available() else "cpu")
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        network = load_network(model_dir / manifest["modelFile"], model_dir / manifest["serializedFile"])
+        self.model = freeze(network).to(self.device)
+        self.input_shape = cast(tuple[int, int, int], network.INPUT_SHAPE)  # channels, height, width
+        self.class_count = cast(int, network.CLASS_COUNT)
+        self.mean_pixel = mean_pixel_of(network, self.input_shape[0])
+        self.model_description = {
+            "name": context.model_name,
+            "version": manifest["modelVersion"],
+            "weights_sha256": sums[manifest["serializedFile"]],
+        }
+        self.differentiable = load_compiled_pass(model_dir / COMPILED_PASS_FILE, self.model, self.input_shape)
+        if self.device.type == "cuda" and settings.get("cuda_graphs", True):
+            self.differentiable = record(self.differentiable, self.model, self.input_shape)
+        self.manifest = context.manifest
+        self.meter = Meter(self.class_count, emitter_to_frontend(context))
+        self.trimmer = IdleTrimmer()
+        self.initialized = True
+        logger.info("serving %s on %s", self.model_description, self.device)
+
+    def handle(self, data: list[Any], context: Context) -> list[bytes]:
+        """Answer one batch.
+
+        Args:
+            data: one row a request, as TorchServe hands it over.
+            context: the requests' headers, and where replies' status and headers go.
+        Returns:
+            one body a request, in the same order.
+        """
+        self.meter.start()
+        self.deadline = time.monotonic() + MAX_BATCH_SECONDS
+        headers = [context.get_all_request_header(index) for index in range(len(data))]
+        outcomes = [self._prepare(row, row_headers) for row, row_headers in zip(data, headers, strict=True)]
+        self.meter.lap(Step.DECODE)
+        inferred = iter(self._infer([question for one in outcomes if isinstance(one, Prepared) for question in one.questions]))
+        replies = [
+            self._render(outcome, list(islice(inferred, len(outcome.questions)))) if isinstance(outcome, Prepared) else outcome
+            for outcome in outcomes
+        ]
+        replies = fit_batch(replies)
+        self.meter.lap(Step.ENCODE)
+        answers = [
+            answer_of(
+                outcome if isinstance(outcome, Prepared) else None, reply, explain_route=row_headers.get(ROUTE_HEADER) == "True"
+            )
+            for outcome, reply, row_headers in zip(outcomes, replies, headers, strict=True)
+        ]
+        self.meter.finish(answers)
+        for index, reply in enumerate(replies):
+            context.set_response_status(reply.status, reply.reason_phrase, index)
+            context.set_response_content_type(index, reply.content_type)
+            for name, value in reply.headers.items():
+                context.set_response_header(index, name, value)
+            correlation_id = read_correlation_id(headers[index])
+            if correlation_id is not None:
+                context.set_response_header(index, CORRELATION_HEADER, correlation_id)
+                logger.info(
+                    "correlation_id=%s request_id=%s kind=%s method=%s status=%d error=%s",
+                    *(correlation_id, context.get_request_id(index), answers[index].kind, answers[index].method),
+                    *(reply.status, reply.error),
+                )
+        self.trimmer.note_work()
+        return [reply.body for reply in replies]
+
+    def _prepare(self, row: object, headers: dict[str, object]) -> Prepared | Reply:
+        """Read one request as far as its canonical pixels. An error is this row's alone, whatever it is."""
+        try:
+            self._require_time()
+            if is_describe_request(row, headers):
+                return render_description(self._describe())
+            _, height, width = self.input_shape
+            request = parse_request(row, headers, self.class_count)
+            return prepare_images(request, height, width, has_mean=self.mean_pixel is not None)
+        except ServiceError as error:
+            return render_error(error)
+        except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
+            return render_error(_internal_error(error))
+
+    def _describe(self) -> dict[str, Any]:
+        _, height, width = self.input_shape
+        return describe_service(self.model_description, height, width, self.class_count)
+
+    def _require_time(self) -> None:
+        """Refuse what is left of a batch that has taken too long."""
+        if time.monotonic() > self.deadline:
+            raise Overloaded("got too much work at once, together with others; send it again, or ask for less")
+
+    def _infer(self, questions: list[Question]) -> Iterator[Inferred | ServiceError]:
+        """Run the network for all images that can be answered: once, unless they are too many, or too much work, for that."""
+        passes = TimedPasses(self.differentiable, self.meter, self.device)
+        for part in _split(questions):
+            self.meter.lap(Step.ENCODE)  # of what was computed before
+            try:
+                self._require_time()
+                pixels = np.stack([question.pixels for question in part])[:, None]  # (N, 1, H, W)
+                targets = [question.options.target.classes if question.options.explain else () for question in part]
+                methods = [question.options.method for question in part]
+                logits, explanations = predict_and_explain(
+                    passes, torch.from_numpy(pixels).to(self.device), targets, methods, self.mean_pixel
+                )
+                self.meter.see(logits)
+                self.meter.lap(Step.MAP)
+                yield from zip(logits, probabilities_of(logits), explanations, strict=True)
+            except ServiceError as error:
+                yield from [error] * len(part)
+            except Exception as error:  # noqa: BLE001  # answered in this API's own form
+                failure = _internal_error(error)
+                leave_with_a_lost_gpu(self.device)
+                yield from [failure] * len(part)
+
+    def _render(self, prepared: Prepared, inferred: Sequence[Inferred | ServiceError]) -> Reply:
+        """Write the reply to one request. An error is this row's alone, whatever it is."""
+        try:
+            self._require_time()
+            results = [self._result(*pair) for pair in zip(prepared.questions, inferred, strict=True)]
+            request = prepared.request
+            return render_results(
+                results, request.reply_format, self.model_description, listed=prepared.listed, infer=request.infer
+            )
+        except ServiceError as error:
+            return render_error(error)
+        except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
+            return render_error(_internal_error(error))
+
+    def _result(self, question: Question, inferred: Inferred | ServiceError) -> Result:
+        if isinstance(inferred, ServiceError):
+            raise inferred
+        logits, probabilities, explanation = inferred
+        maps, image = None, question.pixels
+        if explanation is not None:
+            saliency = explanation.maps.squeeze(1)  # (T, H, W)
+            if question.sent is not None:
+                image = question.sent
+                gradients = question.preparation.pull_back(explanation.gradients.squeeze(1))
+                saliency = question.options.method.finish(gradients, image)
+            maps = Maps(explanation.classes, saliency, explanation.gaps)
+        return Result(question.options, logits, probabilities, maps, question.describe_preparation(), image)
+
+
+def _split(questions: Sequence[Question]) -> Iterator[list[Question]]:
+    """Split a batch into parts that take at most MAX_FORWARD_IMAGES, and no more gradients than one request may ask for."""
+    part: list[Question] = []
+    gradient_count = 0
+    for question in questions:
+        gradient_count += question.options.gradient_count
+        if len(part) == MAX_FORWARD_IMAGES or (part and gradient_count > MAX_GRADIENTS):
+            yield part
+            part, gradient_count = [], question.options.gradient_count
+        part.append(question)
+    if part:
+        yield part
+
+
+def _internal_error(error: Exception) -> InternalError:
+    """Log where a defect lies, without its message, which may hold a client's data."""
+    logger.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    return InternalError("the service failed on this request; its log says where")

@@ -1,0 +1,590 @@
+"""Measure this service and its peers side by side: the same weights, images, machine, load and minutes.
+
+    python -m scripts.bench.benchmark --rounds 5 --seconds 2
+
+All systems are started and stay up, idle. First each is checked: none may win by being wrong. Then they are measured in turn, in
+rounds, so that a slow minute of the machine hits all of them; ratios are taken within a round, and their median is what counts.
+Writes every single number as benchmark.json, and the table, which is also printed, as benchmark.md.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import requests
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from scripts.bench.load import build_call, run_closed
+from scripts.bench.load_test import describe_machine
+from scripts.bench.peers.systems import SYSTEMS, Explains, Running, Workplace, read_digit, read_map, worker_memory_mib
+from scripts.paths import SAMPLE_FILES, SERVE_CONFIG
+from scripts.serving.launcher import ServeError, read_model_config
+
+OURS = "ours"
+HEADERS = {"Content-Type": "application/octet-stream"}
+ROUTES = ("explain", "predict")
+LONE_CONNECTION = 1
+BUSY_CONNECTIONS = (16, 32, 64)
+WARM_UP_SHARE = 0.2  # of a measurement's seconds, before it
+CHECKING_CONNECTIONS = 16
+MAX_MAP_DIFFERENCE = 1e-4  # logit per unit of intensity
+SAME_MAPS_SHARE = 0.9  # of the images; where two inputs of a max pool are equal but for rounding, either gradient is right
+TIMEOUT_S = 30
+IDLE_S = 3.0  # after all load, until memory is looked at
+PACKAGES = ("torch", "torchserve", "captum", "fastapi", "uvicorn", "mosec", "numpy", "orjson")
+
+
+class BenchmarkError(RuntimeError):
+    """The systems cannot be compared: one answers something else than the others, or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A few seconds of one system under one load.
+
+    Attributes:
+        round_index: from 0.
+        system: a key of SYSTEMS.
+        route: "explain" or "predict".
+        connections: that were kept busy.
+        rate: good replies a second.
+        p50_ms, p99_ms: latency.
+        error_counts: requests without a good reply, by kind.
+        generator_cpu_share: of one core that the load generator itself took; near 1 it, and not the system, is the limit.
+        worker_cpu_us: processor time a request of all processes but a JVM.
+        frontend_cpu_us: of the JVM, which is TorchServe's frontend; 0 where there is none.
+    """
+
+    round_index: int
+    system: str
+    route: str
+    connections: int
+    rate: float
+    p50_ms: float
+    p99_ms: float
+    error_counts: dict[str, int]
+    generator_cpu_share: float
+    worker_cpu_us: float
+    frontend_cpu_us: float
+
+    @property
+    def generator_cpu_us(self) -> float:
+        """Processor time a good reply of the load generator."""
+        return self.generator_cpu_share / self.rate * 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Memory of one worker after all load, in MiB: resident, of it its own alone, and the most that was resident till then."""
+
+    rss_mib: float
+    uss_mib: float
+    peak_mib: float
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median, least and largest of some numbers."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Of one number or more."""
+        return cls(median(values), min(values), max(values))
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A ratio of this service to another that is to be reached.
+
+    Attributes:
+        title: for people.
+        quantity: a key of `Results.by_round`.
+        other: a system.
+        bound: the least ratio for a rate, and the largest for milliseconds or MiB; None where it is only to be known.
+    """
+
+    title: str
+    quantity: str
+    other: str
+    bound: float | None
+
+    @property
+    def more_is_better(self) -> bool:
+        """Whether the quantity is a rate."""
+        return self.quantity.endswith("_rate")
+
+    def is_reached(self, ratio: float) -> bool | None:
+        """Whether a ratio is on the right side of the bound; None where there is none."""
+        if self.bound is None:
+            return None
+        return ratio >= self.bound if self.more_is_better else ratio <= self.bound
+
+
+GOALS = (
+    Goal("explanations/s, against TorchServe's MNIST example as published", "explain_rate", "stock-1", 40),
+    Goal("explanations/s, against the same with batches of 8", "explain_rate", "stock-8", None),
+    Goal("explanations/s, against the same with one thread a worker", "explain_rate", "stock-tuned", None),
+    Goal("explanations/s, against mosec + captum, batches of 16", "explain_rate", "mosec", 4),
+    Goal("explanations/s, against mosec + captum without batches", "explain_rate", "mosec-1", None),
+    Goal("explanations/s, against a handler that does nothing", "explain_rate", "noop", 0.4),
+    Goal("p50 of a lone client's explanation, against a handler that does nothing", "explain_p50_ms", "noop", 1.6),
+    Goal("predictions/s, against a handler that does nothing", "predict_rate", "noop", 0.7),
+    Goal("a worker's resident memory, against a handler that does nothing", "rss_mib", "noop", 1.15),
+    Goal("the same at its peak", "peak_mib", "noop", None),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """All that was measured.
+
+    Attributes:
+        measurements: in the order in which they were taken.
+        memory: by system.
+        ready_s: seconds from a system's start until all its workers could answer, by system.
+    """
+
+    measurements: tuple[Measurement, ...]
+    memory: Mapping[str, Memory]
+    ready_s: Mapping[str, float]
+
+    def by_round(self, system: str, quantity: str) -> list[float]:
+        """One number a round; of the memory, which is looked at once, a single number.
+
+        Args:
+            quantity: "explain_rate" or "predict_rate": replies a second with the best of the numbers of connections;
+                "explain_p50_ms" or "predict_p50_ms": of a lone client; "rss_mib", "uss_mib" or "peak_mib".
+        """
+        if quantity.endswith("_mib"):
+            return [float(getattr(self.memory[system], quantity))]
+        route, _, what = quantity.partition("_")
+        own = [one for one in self.measurements if (one.system, one.route) == (system, route)]
+        rounds = range(1 + max(one.round_index for one in own))
+        lone = [one for one in own if one.connections == LONE_CONNECTION]
+        if what == "rate":
+            return [max(one.rate for one in own if one.round_index == index and one not in lone) for index in rounds]
+        return [next(one.p50_ms for one in lone if one.round_index == index) for index in rounds]
+
+    def ratios(self, goal: Goal) -> list[float]:
+        """Divide this service's number by the other's: one ratio a round; none where the other was not measured.
+
+        Raises:
+            BenchmarkError: there was a round in which the other gave no reply in time.
+        """
+        if goal.other not in self.ready_s:
+            return []
+        others = self.by_round(goal.other, goal.quantity)
+        if 0 in others:
+            raise BenchmarkError(f"got a round without replies from {goal.other}; give it more --seconds")
+        return [own / other for own, other in zip(self.by_round(OURS, goal.quantity), others, strict=True)]
+
+    def error_count(self, system: str) -> int:
+        """How many requests to a system had no good reply."""
+        return sum(sum(one.error_counts.values()) for one in self.measurements if one.system == system)
+
+
+# --- measuring
+
+
+def measure(
+    running: Mapping[str, Running], images: Sequence[bytes], *, rounds: int, warm_up_rounds: int, seconds: float
+) -> tuple[Measurement, ...]:
+    """Measure all systems in turn, round by round, after rounds that are not kept.
+
+    A JVM compiles what it runs often: that takes some fifteen seconds of load, in which a request costs up to five times as much.
+    Within a round the systems follow each other under one load, in an order that shifts from load to load.
+
+    Args:
+        images: PNG files, sent in turn.
+        seconds: of each measurement.
+    """
+    loads = [(route, connections) for connections in (LONE_CONNECTION, *BUSY_CONNECTIONS) for route in ROUTES]
+    names = list(running)
+    kept = []
+    with tqdm(total=(rounds + warm_up_rounds) * len(loads) * len(names), unit="measurement", disable=None) as progress:
+        for round_index in range(-warm_up_rounds, rounds):
+            for shift, (route, connections) in enumerate(loads):
+                first = (round_index + shift) % len(names)
+                for name in names[first:] + names[:first]:
+                    measurement = _measure_once(name, running[name], images, route, connections, round_index, seconds)
+                    progress.update()
+                    if round_index >= 0:
+                        kept.append(measurement)
+    return tuple(kept)
+
+
+def _measure_once(
+    name: str, running: Running, images: Sequence[bytes], route: str, connections: int, round_index: int, seconds: float
+) -> Measurement:
+    path = running.path(route)
+    calls = [build_call(route, running.address, path, image, HEADERS) for image in images]
+    before = running.cpu_seconds()
+    samples = run_closed(
+        running.address,
+        calls,
+        connections=connections,
+        duration_s=seconds,
+        warm_up_s=seconds * WARM_UP_SHARE,
+        timeout_s=TIMEOUT_S,
+    )
+    worker_us, frontend_us = (
+        1e6 * (end - start) / len(samples.records) for start, end in zip(before, running.cpu_seconds(), strict=True)
+    )
+    p50_ms, p99_ms = samples.latency_quantiles_ms((0.5, 0.99)).tolist()
+    if math.isnan(p50_ms):
+        problem = samples.error_counts or "give it more --seconds"
+        raise BenchmarkError(f"{name} gave no good reply to {route} over {connections} connections: {problem}")
+    return Measurement(
+        *(round_index, name, route, connections, samples.served_rate, p50_ms, p99_ms),
+        *(samples.error_counts, samples.cpu_share, worker_us, frontend_us),
+    )
+
+
+# --- checking
+
+
+def dithered(png: bytes, seed: int) -> bytes:
+    """Add a little noise to a PNG: without it max pools tie, and where they tie there is no one gradient to compare."""
+    noise = np.random.default_rng(seed).integers(0, 14, (28, 28))
+    with Image.open(BytesIO(png)) as image:
+        levels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
+    content = BytesIO()
+    Image.fromarray(levels).save(content, format="PNG")
+    return content.getvalue()
+
+
+def check_answers(running: Mapping[str, Running], images: Sequence[bytes]) -> dict[str, float]:
+    """Ask every system for the same images, many at once, and compare with this service's answers.
+
+    The integrated gradients are another method, and of the handler that does nothing only the replies' form is compared.
+
+    Args:
+        images: PNG files without flat areas.
+    Returns:
+        by the systems that have comparable maps: see `require_same_maps`.
+    Raises:
+        BenchmarkError: a digit differs, or the maps do, or the no-op's replies are of another form.
+    """
+    ours = running[OURS]
+    digits = _ask_for_digits(ours, images)
+    expected = {
+        Explains.PREDICTED: _ask_for_maps(ours, images),
+        Explains.CLASS_0: _ask_for_maps(ours, images, {"X-Saliency-Target": "0"}),
+    }
+    differences: dict[str, float] = {}
+    for name, other in running.items():
+        explains = SYSTEMS[name].explains
+        if explains is Explains.NOTHING:
+            _require_same_form(name, other, ours)
+        elif name != OURS:
+            require_same_digits(name, _ask_for_digits(other, images), digits)
+            if explains in expected:
+                differences[name] = require_same_maps(name, _ask_for_maps(other, images), expected[explains])
+    return differences
+
+
+def require_same_digits(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+    """Raise a BenchmarkError where a system reads other digits than this service."""
+    wrong = [f"a {digit} as {other}" for digit, other in zip(expected, found, strict=True) if digit != other]
+    if wrong:
+        raise BenchmarkError(f"{name} reads other digits than {OURS}: {', '.join(wrong)}")
+
+
+def require_same_maps(name: str, found: NDArray[np.float64], expected: NDArray[np.float64]) -> float:
+    """Compare a system's maps (N, 28, 28) with this service's.
+
+    Returns:
+        the largest difference of a number in the SAME_MAPS_SHARE of the maps that agree best.
+    Raises:
+        BenchmarkError: it is larger than MAX_MAP_DIFFERENCE.
+    """
+    difference = float(np.quantile(np.abs(found - expected).max(axis=(1, 2)), SAME_MAPS_SHARE, method="higher"))
+    if not difference <= MAX_MAP_DIFFERENCE:  # NaN is not
+        raise BenchmarkError(f"{name} has maps that differ from those of {OURS} by {difference:.2g}")
+    return difference
+
+
+def _ask_for_digits(running: Running, images: Sequence[bytes]) -> list[int]:
+    with ThreadPoolExecutor(CHECKING_CONNECTIONS) as pool:
+        return [read_digit(reply.json()) for reply in pool.map(partial(_ask, running, "predict"), images)]
+
+
+def _ask_for_maps(running: Running, images: Sequence[bytes], headers: Mapping[str, str] | None = None) -> NDArray[np.float64]:
+    """Maps of all images: (N, 28, 28)."""
+    with ThreadPoolExecutor(CHECKING_CONNECTIONS) as pool:
+        replies = pool.map(partial(_ask, running, "explain", headers=headers), images)
+        return np.array([np.reshape(read_map(reply.json()), (28, 28)) for reply in replies])
+
+
+def _require_same_form(name: str, constant: Running, real: Running) -> None:
+    """Compare the size and type of the no-op's replies with those that it stands for."""
+    for route in ROUTES:
+        replies = [_ask(running, route, SAMPLE_FILES[0].read_bytes()) for running in (constant, real)]
+        forms = [(len(reply.content), reply.headers["Content-Type"]) for reply in replies]
+        if forms[0] != forms[1]:
+            raise BenchmarkError(f"{name} replies to {route} with {forms[0]}, {OURS} with {forms[1]}")
+
+
+def _ask(running: Running, route: str, image: bytes, headers: Mapping[str, str] | None = None) -> requests.Response:
+    reply = requests.post(
+        running.address + running.path(route), data=image, headers={**HEADERS, **(headers or {})}, timeout=TIMEOUT_S
+    )
+    reply.raise_for_status()
+    return reply
+
+
+# --- reporting
+
+VERDICTS = {True: "reached", False: "**not reached**", None: ""}
+COLUMNS = (
+    "system",
+    "explanations/s",
+    "explanation, a lone client's p50, ms",
+    "predictions/s",
+    "prediction, a lone client's p50, ms",
+    "worker, MiB resident (own; at its peak)",
+    "ready after, s",
+    "errors",
+)
+
+
+def render_table(results: Results) -> str:
+    """Write all systems, also those that are not installed, and the goals, as Markdown."""
+    lines = [
+        f"| {' | '.join(COLUMNS)} |",
+        f"| {' | '.join('---' for _ in COLUMNS)} |",
+    ]
+    for name, system in SYSTEMS.items():
+        if name in results.ready_s:
+            memory = results.memory[name]
+            cells = [
+                _cell(results, name, "explain_rate", ",.0f"),
+                _cell(results, name, "explain_p50_ms", ".2f"),
+                _cell(results, name, "predict_rate", ",.0f"),
+                _cell(results, name, "predict_p50_ms", ".2f"),
+                f"{memory.rss_mib:.0f} ({memory.uss_mib:.0f}; {memory.peak_mib:.0f})",
+                f"{results.ready_s[name]:.1f}",
+                str(results.error_count(name)),
+            ]
+        else:
+            missing = system.missing()
+            cells = [f"not installed ({', '.join(missing)})" if missing else "not asked for", *[""] * (len(COLUMNS) - 2)]
+        lines.append(f"| {system.title} | " + " | ".join(cells) + " |")
+    lines += ["", "| this service, as a multiple | median (least - largest) | goal | |", "| --- | --- | --- | --- |"]
+    for goal in GOALS:
+        ratios = results.ratios(goal)
+        bound = "" if goal.bound is None else f"{'at least' if goal.more_is_better else 'at most'} {goal.bound:g}"
+        if ratios:
+            spread = Spread.of(ratios)
+            cells = [_spread_text(spread, ".2f"), bound, VERDICTS[goal.is_reached(spread.median)]]
+        else:
+            cells = ["not measured", bound, ""]
+        lines.append(f"| {goal.title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def render_costs(results: Results) -> str:
+    """Write whose processor time a request is made of, at the most connections, as Markdown: medians over the rounds."""
+    parts = {"workers": "worker_cpu_us", "JVM": "frontend_cpu_us", "load generator": "generator_cpu_us"}
+    columns = ["system", *(f"{route}: {part}" for route in ROUTES for part in parts)]
+    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
+    for name in results.ready_s:
+        cells = []
+        for route in ROUTES:
+            own = [one for one in results.measurements if (one.system, one.route) == (name, route)]
+            busiest = [one for one in own if one.connections == max(one.connections for one in own)]
+            cells += [f"{median(getattr(one, part) for one in busiest):.0f}" for part in parts.values()]
+        lines.append(f"| {SYSTEMS[name].title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(results: Results, system: str, quantity: str, number_format: str) -> str:
+    return _spread_text(Spread.of(results.by_round(system, quantity)), number_format)
+
+
+def _spread_text(spread: Spread, number_format: str) -> str:
+    if spread.low == spread.high:
+        return format(spread.median, number_format)
+    return f"{spread.median:{number_format}} ({spread.low:{number_format}} - {spread.high:{number_format}})"
+
+
+def render_report(results: Results, conditions: Mapping[str, Any]) -> str:
+    """Write the tables with what has to be known to read them, as Markdown."""
+    busiest = max(results.measurements, key=lambda one: one.generator_cpu_share)
+    return "\n".join(
+        [
+            "# Benchmark",
+            "",
+            f"`{conditions['command']}`, {conditions['date']}, load generator and servers on one machine: "
+            + "; ".join(f"{name} {value}" for name, value in conditions["machine"].items())
+            + ".",
+            "",
+            f"Rounds: {conditions['rounds']}; in each, every system for {conditions['seconds']:g} s under each load, in turn. "
+            f"Replies/s are those of the best of {', '.join(map(str, BUSY_CONNECTIONS))} connections. "
+            "Median (least - largest) over the rounds; ratios are taken within a round. "
+            f"Workers a system: {conditions['workers']} on the {conditions['device']}, with one thread of torch each where "
+            "nothing else is said. "
+            f"Raw 28x28 PNG in, JSON out. A worker's memory is looked at {IDLE_S:g} s after all load. "
+            f"The load generator took at most {busiest.generator_cpu_share:.0%} of a core (on {busiest.system}).",
+            "",
+            render_table(results),
+            "",
+            f"Processor time a request over {BUSY_CONNECTIONS[-1]} connections, microseconds (medians):",
+            "",
+            render_costs(results),
+            "",
+        ]
+    )
+
+
+def summarize(results: Results) -> dict[str, Any]:
+    """The tables as data."""
+    quantities = ("explain_rate", "explain_p50_ms", "predict_rate", "predict_p50_ms", "rss_mib", "uss_mib", "peak_mib")
+    return {
+        "systems": {
+            name: {quantity: asdict(Spread.of(results.by_round(name, quantity))) for quantity in quantities}
+            | {"ready_s": results.ready_s[name], "errors": results.error_count(name)}
+            for name in results.ready_s
+        },
+        "goals": [
+            {
+                **asdict(goal),
+                "ratios": ratios,
+                "median": median(ratios) if ratios else None,
+                "reached": goal.is_reached(median(ratios)) if ratios else None,
+            }
+            for goal in GOALS
+            for ratios in [results.ratios(goal)]
+        ],
+    }
+
+
+# --- the command
+
+
+@contextlib.contextmanager
+def start_systems(names: Sequence[str], workplace: Workplace) -> Iterator[dict[str, Running]]:
+    """Start this service and then others, one after another; they run until the end."""
+    with contextlib.ExitStack() as stack:
+        running: dict[str, Running] = {}
+        for name in [OURS, *names]:
+            print(f"starting {name} ...", file=sys.stderr)
+            running[name] = stack.enter_context(SYSTEMS[name].start(workplace))
+            if name == OURS:
+                sample = SAMPLE_FILES[0].read_bytes()
+                explanation, prediction = (_ask(running[OURS], route, sample).content for route in ROUTES)
+                workplace = replace(workplace, explanation=explanation, prediction=prediction)
+        yield running
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.bench.benchmark",
+        description="Measure this service and its peers side by side. Peers that are not installed are named and left out.",
+        epilog="example: %(prog)s --rounds 3 --seconds 2 --systems noop,mosec",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    others = [name for name in SYSTEMS if name != OURS]
+    parser.add_argument("--rounds", type=_at_least_one, default=5, help="how often everything is measured")
+    parser.add_argument("--warm-up-rounds", type=_at_least_one, default=2, help="rounds before these, which are not kept")
+    parser.add_argument("--seconds", type=_positive, default=2.0, help="of each of the eight measurements of a system in a round")
+    parser.add_argument("--systems", type=_read_systems, default=",".join(others), help="what this service is compared with")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="where all workers run")
+    parser.add_argument("--workers", type=_at_least_one, help="worker processes of each system; default: as served on the device")
+    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("build/benchmark"), help="where the reports go")
+    return parser
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text}; more than 0 is accepted")
+    return number
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"got {number}; at least 1 is accepted")
+    return number
+
+
+def _read_systems(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name for name in text.split(",") if name != OURS))
+    unknown = [name for name in names if name not in SYSTEMS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}; {', '.join(SYSTEMS)} are accepted")
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Start, check, measure, report. Returns the exit code: 1 where a system did not start, was wrong, or failed requests."""
+    arguments = build_parser().parse_args(argv)
+    model_config = read_model_config(arguments.device)
+    workers = arguments.workers or int(model_config["minWorkers"])
+    installed = [name for name in arguments.systems if not SYSTEMS[name].missing()]
+    not_installed = {name: SYSTEMS[name].missing() for name in arguments.systems if name not in installed}
+    for name, packages in not_installed.items():
+        print(f"{name}: not installed ({', '.join(packages)})", file=sys.stderr)
+    conditions = {
+        "command": shlex.join(["python", "-m", "scripts.bench.benchmark", *(sys.argv[1:] if argv is None else argv)]),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": describe_machine(PACKAGES),
+        "rounds": arguments.rounds,
+        "warm_up_rounds": arguments.warm_up_rounds,
+        "seconds": arguments.seconds,
+        "device": arguments.device,
+        "workers": workers,
+        "not_installed": not_installed,
+        "config_properties": (SERVE_CONFIG / "config.properties").read_text(),
+        "model_config": model_config,
+    }
+    images = [file.read_bytes() for file in SAMPLE_FILES]
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
+            start_systems(installed, Workplace(Path(folder), workers, arguments.device)) as running,
+        ):
+            differences = check_answers(running, [dithered(image, seed) for seed, image in enumerate(images)])
+            print(f"same digits; differences between maps: {differences}", file=sys.stderr)
+            measurements = measure(
+                running, images, rounds=arguments.rounds, warm_up_rounds=arguments.warm_up_rounds, seconds=arguments.seconds
+            )
+            time.sleep(IDLE_S)
+            memory = {name: Memory(*worker_memory_mib(one)) for name, one in running.items()}
+        results = Results(measurements, memory, {name: one.ready_s for name, one in running.items()})
+        report, summary = render_report(results, conditions), summarize(results)
+    except (ServeError, BenchmarkError, requests.RequestException) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "benchmark.md").write_text(report)
+    content = {**conditions, "map_differences": differences, "summary": summary, **asdict(results)}
+    (arguments.output / "benchmark.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(report)
+    return int(any(results.error_count(name) for name in results.ready_s))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,314 @@
+"""What a soak sends, and whether what comes back is right.
+
+Good requests by every door beside bad ones of every common kind. An answer is right where it has the status and the error that
+its kind is to have and says the same as the answer to the same request when that was alone: an answer that belongs to another
+client, or that a neighbour has spoilt, says something else. Knows nothing of rates, processes or reports.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from PIL import Image
+
+from scripts.bench.benchmark import dithered
+from scripts.bench.load import Call, build_call
+
+TOLERANCE = 2e-3  # of numbers, absolute and relative: sums of other order in another batch differ by less, other images by more
+PIXEL_TOLERANCE = 1.0  # the same of drawings: mean difference of colours, of 255
+# Of the numbers of a map whose image was prepared: its background is flat, where inputs of max pools tie, and of two that tie
+# either may have the gradient, by the rounding in this batch. Seen are 12 of 784 pixels; maps of two images differ in most.
+TIED_SHARE = 0.05
+KNOWN_REPLIES = 100  # to one call, that are remembered as right; others are compared again
+LARGE_FORM_BYTES = 7_000_000  # over 6.25 MiB a frontend may hold an upload in a temp file
+SEED = 0  # of the noise, and of the order of calls
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A digit's PNG, and the same enlarged, so that the digit in it has to be looked for."""
+
+    label: int
+    png: bytes
+    large_png: bytes
+
+    @property
+    def text(self) -> str:
+        """The PNG as base64."""
+        return base64.b64encode(self.png).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A request without its server: `path` has {model} in it."""
+
+    path: str
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of request, how often it is sent beside the others, and what its answer is to be."""
+
+    name: str
+    weight: int
+    make: Callable[[Sample], Message]
+    status: int = 200
+    error: str = ""  # the error's type
+    tied_share: float = 0.0  # of a map's numbers, that may differ
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether it asks for what cannot be answered."""
+        return bool(self.error)
+
+
+BINARY = {"Content-Type": "application/octet-stream"}
+JSON = {"Content-Type": "application/json"}
+
+
+def _predict(body: bytes, **headers: str) -> Message:
+    return Message("/predictions/{model}", body, BINARY | _named(headers))
+
+
+def _explain(body: bytes, **headers: str) -> Message:
+    return Message("/explanations/{model}", body, BINARY | _named(headers))
+
+
+def _named(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.replace("_", "-"): value for name, value in headers.items()}
+
+
+def _json(path: str, content: Mapping[str, Any]) -> Message:
+    return Message(path, orjson.dumps(content), JSON)
+
+
+def _form(path: str, png: bytes, **options: str) -> Message:
+    boundary = "a-boundary-that-no-image-has"
+    parts = [f'Content-Disposition: form-data; name="{name}"\r\n\r\n{text}'.encode() for name, text in options.items()]
+    parts.append(b'Content-Disposition: form-data; name="data"; filename="digit.png"\r\n\r\n' + png)
+    body = b"".join(b"--%b\r\n%b\r\n" % (boundary.encode(), part) for part in parts) + f"--{boundary}--\r\n".encode()
+    return Message(path, body, {"Content-Type": f"multipart/form-data; boundary={boundary}"})
+
+
+def _npy_of(sample: Sample, count: int) -> bytes:
+    with Image.open(io.BytesIO(sample.png)) as image:
+        images = np.stack([np.asarray(image)] * count)
+    content = io.BytesIO()
+    np.save(content, images)
+    return content.getvalue()
+
+
+def _levels_of(sample: Sample) -> list[Any]:
+    with Image.open(io.BytesIO(sample.png)) as image:
+        levels: list[Any] = np.asarray(image).tolist()
+    return levels
+
+
+def _image(width: int, height: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("1", (width, height), 1).save(content, format="PNG")
+    return content.getvalue()
+
+
+def _instances(sample: Sample, count: int) -> dict[str, Any]:
+    return {"instances": [{"data": sample.text, "target": number % 10} for number in range(count)], "encoding": "base64"}
+
+
+def _tensor(sample: Sample, count: int) -> dict[str, Any]:
+    return {"inputs": [{"name": "x", "shape": [count], "datatype": "BYTES", "data": [sample.text] * count}]}
+
+
+EXPLANATIONS, V1_EXPLAIN, V2_EXPLAIN = "/explanations/{model}", "/v1/models/{model}:explain", "/v2/models/{model}/explain"
+
+KINDS = (
+    Kind("predict", 20, lambda s: _predict(s.png)),
+    Kind("predict, numbers", 4, lambda s: _json("/predictions/{model}", {"data": _levels_of(s)})),
+    Kind("predict, digit looked for", 4, lambda s: _predict(s.large_png)),
+    Kind("explain", 14, lambda s: _explain(s.png)),
+    Kind("explain, base64", 8, lambda s: _explain(s.png, X_Saliency_Encoding="base64")),
+    Kind("explain, npy", 8, lambda s: _explain(s.png, Accept="application/x-npy")),
+    Kind("explain, PNG", 3, lambda s: _explain(s.png, Accept="image/png")),
+    Kind("explain, form", 4, lambda s: _form(EXPLANATIONS, s.png, target="3,9")),
+    Kind("explain, large form", 0, lambda s: _form(EXPLANATIONS, s.png + bytes(LARGE_FORM_BYTES))),
+    Kind("explain, all classes", 2, lambda s: _explain(s.png, X_Saliency_Target="all")),
+    Kind("explain, space image", 3, lambda s: _explain(s.large_png, X_Saliency_Space="image"), tied_share=TIED_SHARE),
+    Kind("smoothgrad", 3, lambda s: _explain(s.png, X_Saliency_Method="smoothgrad", X_Saliency_Samples="5")),
+    Kind("integrated gradients", 2, lambda s: _explain(s.png, X_Saliency_Method="integrated_gradients", X_Saliency_Steps="5")),
+    Kind("npy of 8", 2, lambda s: _explain(_npy_of(s, 8), Accept="application/x-npy")),
+    Kind("KServe v1 of 4", 3, lambda s: _json(V1_EXPLAIN, _instances(s, 4))),
+    Kind("KServe v2 of 2", 3, lambda s: _json(V2_EXPLAIN, _tensor(s, 2))),
+    Kind("no image", 2, lambda s: _explain(b"this is no image"), 400, "UnreadableImage"),
+    Kind("truncated image", 3, lambda s: _explain(s.png[: len(s.png) // 2]), 400, "UnreadableImage"),
+    Kind("no body", 1, lambda s: _predict(b""), 400, "EmptyRequest"),
+    Kind("broken JSON", 2, lambda s: Message("/predictions/{model}", b'{"data": [', JSON), 400, "MalformedJSON"),
+    Kind("bad target", 2, lambda s: _explain(s.png, X_Saliency_Target="12"), 400, "InvalidOption"),
+    Kind("unknown option", 1, lambda s: _json(EXPLANATIONS, {"data": s.text, "colour": "red"}), 400, "UnknownOption"),
+    Kind("bad instance", 2, lambda s: _json(V1_EXPLAIN, {"instances": [s.text, "?"]}), 400, "MalformedBase64"),
+    Kind("bad reply format", 1, lambda s: _explain(s.png, Accept="text/html"), 406, "NotAcceptable"),
+    Kind("blank image", 2, lambda s: _explain(_image(60, 60)), 422, "BlankImage"),
+    Kind("too many pixels", 2, lambda s: _explain(_image(5000, 4000)), 413, "ImageTooLarge"),
+    Kind(
+        "too many gradients",
+        1,
+        lambda s: _explain(s.png, X_Saliency_Method="smoothgrad", X_Saliency_Samples="500", X_Saliency_Target="all"),
+        413,
+        "RequestTooLarge",
+    ),
+)
+RARE = "explain, large form"  # sent once in a turn through all calls
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Calls in the order in which they are sent, over and over.
+
+    Attributes:
+        calls: (N,), with repetitions; a call's name is its kind's.
+        distinct: (N,), the index of each among the distinct calls.
+        labels: of each distinct call: the digit that its image shows.
+    """
+
+    calls: Sequence[Call]
+    distinct: Sequence[int]
+    labels: Sequence[int]
+
+    def distinct_calls(self) -> list[Call]:
+        """Each call once."""
+        first = {index: call for call, index in zip(self.calls, self.distinct, strict=True)}
+        return [first[index] for index in range(len(self.labels))]
+
+
+def read_samples(files: Sequence[Path]) -> list[Sample]:
+    """Read digits, named DIGIT-VARIANT.png, with a little noise in them (see `dithered`)."""
+    samples = []
+    for seed, file in enumerate(files):
+        png = dithered(file.read_bytes(), seed)
+        with Image.open(io.BytesIO(png)) as image:
+            large = io.BytesIO()
+            image.resize((112, 112), Image.Resampling.BICUBIC).save(large, format="PNG")
+        samples.append(Sample(int(file.stem.partition("-")[0]), png, large.getvalue()))
+    return samples
+
+
+def build_traffic(address: str, model: str, samples: Sequence[Sample]) -> Traffic:
+    """Every kind with every image, as often as its weight says, in an order that is shuffled the same way each time."""
+    calls: list[Call] = []
+    counts: list[int] = []
+    labels: list[int] = []
+    for number, sample in enumerate(samples):
+        for kind in KINDS:
+            count = int(number == 0) if kind.name == RARE else kind.weight
+            if not count:
+                continue
+            message = kind.make(sample)
+            path = message.path.format(model=model)
+            calls.append(build_call(kind.name, address, path, message.body, message.headers))
+            counts.append(count)
+            labels.append(sample.label)
+    order = np.random.default_rng(SEED).permutation(np.repeat(np.arange(len(calls)), counts)).tolist()
+    return Traffic([calls[index] for index in order], order, labels)
+
+
+class Answers:
+    """What the right answers are, learned from requests that were alone, and whether others say the same."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        self._traffic = traffic
+        self._kinds = {kind.name: kind for kind in KINDS}
+        self._names = [call.name for call in traffic.distinct_calls()]
+        self._right: dict[int, bytes] = {}
+        self._known: dict[int, set[int]] = {index: set() for index in range(len(traffic.labels))}
+        self.wrong_count = 0
+        self.first_wrong = ""  # what the first wrong answer was, for a person
+
+    @property
+    def learned_count(self) -> int:
+        """How many of the distinct calls have a right answer."""
+        return len(self._right)
+
+    def learn(self, call: int, status: int, body: bytes) -> bool:
+        """Take the answer to a distinct call that was alone. Returns whether it is what its kind's is to be."""
+        kind = self._kinds[self._names[call]]
+        if not is_as_described(kind, self._traffic.labels[call], status, body):
+            self._note_wrong(kind.name, status, body)
+            return False
+        self._right[call] = body
+        return True
+
+    def check(self, call: int, status: int, body: bytes) -> bool:
+        """Whether the answer to a call of the traffic is right."""
+        index, name = self._traffic.distinct[call], self._traffic.calls[call].name
+        known, mark = self._known[index], hash(body)
+        kind = self._kinds[name]
+        if status == kind.status:
+            if mark in known:
+                return True
+            if say_the_same(self._right[index], body, kind.tied_share):
+                if len(known) < KNOWN_REPLIES:
+                    known.add(mark)
+                return True
+        self._note_wrong(name, status, body)
+        return False
+
+    def _note_wrong(self, name: str, status: int, body: bytes) -> None:
+        self.wrong_count += 1
+        self.first_wrong = self.first_wrong or f"{name}: status {status}, {body[:200]!r}"
+
+
+def is_as_described(kind: Kind, label: int, status: int, body: bytes) -> bool:
+    """Whether an answer has its kind's status and error, and where it is JSON for one image, the digit that was drawn."""
+    if status != kind.status:
+        return False
+    if body[:1] != b"{":
+        return not kind.is_bad and bool(body)
+    content = orjson.loads(body)
+    if kind.is_bad:
+        return bool(content["error"]["type"] == kind.error)
+    return bool(content.get("digit", label) == label)
+
+
+def say_the_same(one: bytes, other: bytes, tied_share: float = 0.0) -> bool:
+    """Whether two replies hold the same but for the rounding of their numbers, and for a share of those of a map."""
+    if one == other:
+        return True
+    try:
+        if one.startswith(b"{"):
+            return _is_close(orjson.loads(one), orjson.loads(other), tied_share)
+        if one.startswith(b"\x93NUMPY"):
+            first, second = (np.load(io.BytesIO(body), allow_pickle=False) for body in (one, other))
+            return first.shape == second.shape and np.allclose(first, second, TOLERANCE, TOLERANCE)
+        with Image.open(io.BytesIO(one), formats=["PNG"]) as image, Image.open(io.BytesIO(other), formats=["PNG"]) as second:
+            if image.size != second.size:
+                return False
+            difference = np.asarray(image.convert("RGB"), np.float32) - np.asarray(second.convert("RGB"), np.float32)
+            return bool(np.abs(difference).mean() <= PIXEL_TOLERANCE)
+    except (ValueError, TypeError, EOFError, OSError, SyntaxError):  # the other is of another form, or damaged
+        return False
+
+
+def _is_close(one: object, other: object, tied_share: float, name: str = "") -> bool:
+    if name == "saliency":
+        first, second = _map_of(one), _map_of(other)
+        return first.shape == second.shape and bool((~np.isclose(first, second, TOLERANCE, TOLERANCE)).mean() <= tied_share)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_is_close(one[key], other[key], tied_share, key) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(_is_close(*pair, tied_share) for pair in zip(one, other, strict=True))
+    if isinstance(one, float | int) and isinstance(other, float | int):
+        return abs(one - other) <= TOLERANCE * (1 + abs(one))
+    return one == other
+
+
+def _map_of(saliency: object) -> NDArray[np.float32]:
+    """A map as it stands in JSON, nested or base64."""
+    if isinstance(saliency, str):
+        return np.frombuffer(base64.b64decode(saliency, validate=True), "<f4")
+    return np.array(saliency, np.float32)

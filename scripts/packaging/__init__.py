@@ -1,0 +1,1 @@
+"""Build the archive that TorchServe serves, and check it."""

@@ -1,0 +1,186 @@
+"""Build the archive that TorchServe serves.
+
+    python -m scripts.packaging
+
+The same tree gives the same bytes on every run and machine: entries are sorted, uncompressed, and carry no dates. The archive
+is then unpacked and loaded in a fresh process that sees nothing of the repo (`smoke_test.py`). Its SHA-256 goes into a file
+beside it, which `serve.py` holds it against.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from model_archiver.model_archiver_config import ModelArchiverConfig
+from model_archiver.model_packaging import generate_model_archive
+
+from handler.gradients.compiled import COMPILED_PASS_FILE
+from handler.gradients.compiler import Shape, compile_pass
+from handler.runtime.archive import SUMS_FILE, load_network
+from scripts.packaging.reference import make_reference_answer
+from scripts.paths import ARCHIVE, ENTRY_MODULE, MODEL_CONFIG, MODEL_FILE, REFERENCE_FILE, ROOT, WEIGHTS_FILE
+
+MANIFEST = "MAR-INF/MANIFEST.json"
+MODEL_VERSION = "1.0"
+
+Entries = dict[str, bytes]  # an archive's files by their names in it
+
+
+def build_archive(output: Path, *, model_file: Path, weights_file: Path, model_config: Path) -> str:
+    """Build an archive with torch-model-archiver, then write it again without dates.
+
+    Args:
+        output: where the archive goes; its stem is the model's name.
+        model_file: Python file that defines the network.
+        weights_file: its weights, safetensors.
+        model_config: TorchServe's model-config.yaml.
+    Returns:
+        SHA-256 of the archive, in hexadecimal.
+    Raises:
+        ArchiveError: the weights are not the network's.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with _private_temp_folder() as folder:
+        package_parent = folder / "staged"  # the archiver copies a folder's children into the archive's root
+        shutil.copytree(
+            ROOT / "handler", package_parent / "handler", ignore=shutil.ignore_patterns("__pycache__", ENTRY_MODULE.name)
+        )
+        (folder / "made").mkdir()
+        generate_model_archive(
+            ModelArchiverConfig(
+                model_name=output.stem,
+                version=MODEL_VERSION,
+                handler=str(ENTRY_MODULE),
+                model_file=str(model_file),
+                serialized_file=str(weights_file),
+                config_file=str(_named(model_config, "model-config.yaml", folder)),
+                extra_files=str(package_parent),
+                export_path=str(folder / "made"),
+            )
+        )
+        entries = read_archive(folder / "made" / f"{output.stem}.mar")
+    manifest = json.loads(entries[MANIFEST])
+    del manifest["createdOn"]
+    entries[MANIFEST] = json.dumps(manifest, indent=2).encode()
+    network = load_network(model_file, weights_file)
+    entries[COMPILED_PASS_FILE] = compile_pass(network, cast(Shape, network.INPUT_SHAPE)).encode()
+    entries[REFERENCE_FILE] = make_reference_answer(network, hashlib.sha256(weights_file.read_bytes()).hexdigest())
+    return write_archive(output, entries)
+
+
+def checksum_file_of(archive: Path) -> Path:
+    """Where an archive's SHA-256 stands: beside it, as `sha256sum` writes it."""
+    return archive.with_name(f"{archive.name}.sha256")
+
+
+def read_archive(archive: Path | BinaryIO) -> Entries:
+    """Read all files of an archive."""
+    with zipfile.ZipFile(archive) as opened:
+        return {name: opened.read(name) for name in opened.namelist()}
+
+
+def write_archive(output: Path, entries: Entries) -> str:
+    """Write an archive, with a new list of checksums, such that the same entries always give the same bytes.
+
+    Returns:
+        SHA-256 of the archive, in hexadecimal.
+    """
+    listed = sorted(entries.keys() - {SUMS_FILE})
+    sums = "".join(f"{hashlib.sha256(entries[name]).hexdigest()}  {name}\n" for name in listed)
+    with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as opened:  # deflate's bytes differ between zlib versions
+        for name, content in sorted({**entries, SUMS_FILE: sums.encode()}.items()):
+            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+            entry.create_system = 3  # Unix, wherever it is built
+            entry.external_attr = 0o644 << 16
+            opened.writestr(entry, content)
+    return hashlib.sha256(output.read_bytes()).hexdigest()
+
+
+def smoke_test(archive: Path) -> dict[str, Any]:
+    """Unpack an archive and load it as a TorchServe worker would, in a fresh process that sees nothing of the repo.
+
+    Returns:
+        what that process reports: see `smoke_test.py`.
+    Raises:
+        RuntimeError: it could not load the archive or did not get a right answer from it.
+    """
+    with _private_temp_folder() as folder:
+        unpacked = folder / "unpacked"
+        with zipfile.ZipFile(archive) as opened:
+            opened.extractall(unpacked)
+        probe = shutil.copy(Path(__file__).with_name("smoke_test.py"), folder)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        finished = subprocess.run(
+            [sys.executable, "-P", probe, unpacked],  # -P: neither the current folder nor the script's is searched for modules
+            cwd=folder,
+            env={**environment, "PYTHONPATH": str(unpacked), "PYTHONDONTWRITEBYTECODE": "1"},  # as TorchServe sets it
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if finished.returncode != 0:
+        raise RuntimeError(f"{archive} does not load:\n{finished.stderr}")
+    report: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
+    return report
+
+
+def _named(file: Path, name: str, folder: Path) -> Path:
+    """Copy a file under the name that it shall have in the archive."""
+    return Path(shutil.copy(file, folder / name))
+
+
+@contextlib.contextmanager
+def _private_temp_folder() -> Iterator[Path]:
+    """Make a temp folder of our own the default one for a while: the archiver deletes `<temp>/<model name>` before it works."""
+    previous = tempfile.tempdir
+    with tempfile.TemporaryDirectory(prefix="package-") as folder:
+        tempfile.tempdir = folder
+        try:
+            yield Path(folder).resolve()
+        finally:
+            tempfile.tempdir = previous
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.packaging",
+        description="Build build/digits.mar, prove that it loads, and write its SHA-256 into build/digits.mar.sha256.",
+        epilog="example: %(prog)s --model-config serve_config/model-config-gpu.yaml --output build/gpu/digits.mar",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", type=Path, default=ARCHIVE, help="the archive; its stem is the model")
+    parser.add_argument("--model-file", type=Path, default=MODEL_FILE, help="defines the network")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS_FILE, help="its weights")
+    parser.add_argument("--model-config", type=Path, default=MODEL_CONFIG, help="TorchServe's YAML")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Build and prove. Returns the exit code: 1 where the archive does not load."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        checksum = build_archive(
+            arguments.output,
+            model_file=arguments.model_file,
+            weights_file=arguments.weights,
+            model_config=arguments.model_config,
+        )
+        report = smoke_test(arguments.output)
+    except RuntimeError as error:  # an ArchiveError too
+        print(error, file=sys.stderr)
+        return 1
+    checksum_file_of(arguments.output).write_text(f"{checksum}  {arguments.output.name}\n")
+    print(f"{checksum}  {arguments.output}")
+    print(f"loads in a fresh process: {json.dumps(report)}", file=sys.stderr)
+    return 0

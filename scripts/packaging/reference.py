@@ -1,0 +1,62 @@
+"""A network -> an image and the right answer to it, for the archive, so that anyone can ask a server whether it is right.
+
+The answer is PyTorch's own, by autograd in float64, and shares nothing with the compiled pass that a worker uses.
+`scripts/serving/ready.py` compares a server's answers with it, and `smoke_test.py` those of each new archive.
+"""
+
+import copy
+import json
+import random
+from typing import cast
+
+import torch
+from torch import nn
+
+from handler.gradients.compiler import Shape
+from handler.gradients.explain import freeze
+
+DECIMALS = 5  # of what is written: the same on every machine
+MARGIN = 1e-5  # of intensity: changes of this size must not change the map. float32 and other devices differ by less
+NEIGHBOURS = 16
+MIN_LEAD = 1.0  # of the best logit before the second, so that the digit is the same everywhere too
+MAX_TRIES = 1000
+
+
+def make_reference_answer(network: nn.Module, weights_sha256: str) -> bytes:
+    """Find an image that is clearly of one class and so far from every kink that its map is the same on any device; answer it.
+
+    Args:
+        network: says its INPUT_SHAPE, of one channel.
+        weights_sha256: of its weights.
+    Returns:
+        JSON, the fields of `scripts.serving.ready.ReferenceAnswer`. The same network gives the same bytes.
+    Raises:
+        ValueError: there is no such image.
+    """
+    exact = freeze(copy.deepcopy(network)).cpu().double()
+    _, height, width = cast(Shape, network.INPUT_SHAPE)
+    for seed in range(MAX_TRIES):
+        source = random.Random(seed)  # noqa: S311  # no secret; numbers that every Python makes alike
+        rows = [[round(source.random(), 3) for _ in range(width)] for _ in range(height)]  # noise: no two inputs of a pool tie
+        pixels = torch.tensor(rows, dtype=torch.float64).reshape(1, 1, height, width)
+        signs = torch.tensor([source.choice((-1, 1)) for _ in range(NEIGHBOURS * height * width)])
+        neighbours = pixels + MARGIN * signs.reshape(NEIGHBOURS, 1, height, width)
+        digit = int(exact(pixels).argmax())
+        logits, maps = _explain(exact, torch.cat([pixels, neighbours]), digit)
+        best, second = logits[0].topk(2).values.tolist()
+        if best - second >= MIN_LEAD and float((maps - maps[0]).abs().max()) <= MARGIN:
+            answer = {
+                "digit": digit,
+                "logits": [round(number, DECIMALS) for number in logits[0].tolist()],
+                "saliency": [[round(number, DECIMALS) for number in row] for row in maps[0, 0].tolist()],
+            }
+            return json.dumps({"weights_sha256": weights_sha256, "pixels": rows, **answer}).encode()
+    raise ValueError(f"none of {MAX_TRIES} images is clearly of one class and far from every kink of the network")
+
+
+def _explain(network: nn.Module, pixels: torch.Tensor, digit: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, K), and the gradient of one class's logit (N, 1, H, W), of pixels (N, 1, H, W)."""
+    pixels.requires_grad_()
+    logits = network(pixels)
+    (gradient,) = torch.autograd.grad(logits[:, digit].sum(), pixels)
+    return logits.detach(), gradient

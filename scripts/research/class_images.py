@@ -1,0 +1,130 @@
+"""What the network takes for the very image of each class.
+
+    python -m scripts.research.class_images --data-dir build/data
+
+Simonyan, Vedaldi and Zisserman, arXiv 1312.6034, section 2: the image I that maximises S_c(I) - lambda ||I||^2, found by
+gradient ascent from the zero image, where I is counted from the training images' mean. There is no other prior, so nothing
+keeps it a pen's stroke: it may go below black, and show several strokes at once. Prints each class's score beside that of real
+digits.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from handler.gradients.explain import freeze, predict_and_explain
+from handler.render.drawing import Layout, Row, Style, draw
+from handler.runtime.archive import ArchiveError, load_weights
+from model.data import load_mnist
+from model.network import DigitNetwork
+
+REGULARISATION = 0.4  # lambda, logit per squared intensity: so that made images have about the norm of real digits
+STEPS = 500
+STEP_SHARE = 0.05  # of the way to where the gradient at hand would be balanced by the regularisation
+BATCH_SIZE = 256
+PANELS_A_ROW = 5
+
+
+def make_class_images(
+    network: nn.Module, class_count: int, start: torch.Tensor, *, regularisation: float, steps: int
+) -> torch.Tensor:
+    """Maximise each class's score, less the squared norm, by gradient ascent.
+
+    Args:
+        network: frozen.
+        start: float (1, 28, 28), the image that norms are counted from, and that the ascent starts at.
+        regularisation: lambda, above 0.
+    Returns:
+        float (class_count, 1, 28, 28), the images less `start`.
+    """
+    made = torch.zeros(class_count, *start.shape)
+    targets = [(target,) for target in range(class_count)]
+    for _ in tqdm(range(steps), desc="ascent", unit="step", disable=None):
+        _, explanations = predict_and_explain(network, start + made, targets)
+        slopes = np.concatenate([explanation.maps for explanation in explanations if explanation is not None])
+        made += STEP_SHARE / (2 * regularisation) * (torch.from_numpy(slopes) - 2 * regularisation * made)  # grad S - 2 lambda I
+    return made
+
+
+def score(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Logits of many images: (N, 1, 28, 28) -> (N, K)."""
+    with torch.inference_mode():
+        return torch.cat([network(batch) for batch in pixels.split(BATCH_SIZE)])
+
+
+def draw_class_images(made: torch.Tensor) -> bytes:
+    """Draw the images under their classes: red for more ink than the mean, blue for less; as a PNG."""
+    rows = []
+    for first in range(0, len(made), PANELS_A_ROW):
+        maps = made[first : first + PANELS_A_ROW, 0].numpy()
+        rows.append(Row(maps[0] * 0, maps, tuple(range(first, first + len(maps)))))
+    return draw(rows, Style(size=168, layout=Layout.MAP))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.research.class_images",
+        description="Make the image that maximises each class's score; exit with 1 where one does not beat real digits.",
+        epilog="example: %(prog)s --data-dir ~/data --regularisation 0.1",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("build/data"), help="torchvision's root folder; downloads where missing"
+    )
+    parser.add_argument("--weights", type=Path, default=Path("model/weights.safetensors"))
+    parser.add_argument("--regularisation", type=_read_positive, default=REGULARISATION, help="lambda: larger is fainter")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--output", type=Path, default=Path("build/classes.png"), help="the PNG")
+    return parser
+
+
+def _read_positive(text: str) -> float:
+    number = float(text)
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"got {text}; a number above 0 is accepted: without it there is no maximum")
+    return number
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make, check, draw. Returns the exit code: 1 where an image does not beat real digits, 2 where there are none to beat."""
+    arguments = build_parser().parse_args(argv)
+    network = DigitNetwork()
+    try:
+        load_weights(network, arguments.weights)
+        images, labels = load_mnist(arguments.data_dir, train=False)
+    except (ArchiveError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    freeze(network)
+    mean = network.mean.expand(DigitNetwork.INPUT_SHAPE)
+    made = make_class_images(
+        network, DigitNetwork.CLASS_COUNT, mean, regularisation=arguments.regularisation, steps=arguments.steps
+    )
+    logits = score(network, mean + made)
+    digits = images.float() / 255
+    digit_scores = score(network, digits)
+    norms, digit_norms = made.flatten(1).norm(dim=1), (digits - mean).flatten(1).norm(dim=1)
+    print("| class | read as | score | mean score of real digits | norm | mean norm of real digits |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    failures = 0
+    for target in range(DigitNetwork.CLASS_COUNT):
+        shown = labels == target
+        real_score, real_norm = float(digit_scores[shown, target].mean()), float(digit_norms[shown].mean())
+        read, own_score = int(logits[target].argmax()), float(logits[target, target])
+        print(f"| {target} | {read} | {own_score:.1f} | {real_score:.1f} | {float(norms[target]):.1f} | {real_norm:.1f} |")
+        failures += read != target or own_score < real_score
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_bytes(draw_class_images(made))
+    print(f"wrote {arguments.output}", file=sys.stderr)
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

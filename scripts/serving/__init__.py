@@ -1,0 +1,1 @@
+"""Serve an archive, wait until it answers rightly, ask it."""

@@ -1,0 +1,1 @@
+"""Tests of the network, its data and its training."""

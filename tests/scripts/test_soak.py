@@ -1,0 +1,319 @@
+"""The soak's statistics on series that are known, its gates, and what it takes for the same answer."""
+
+import base64
+import json
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from handler.runtime.malloc import KEPT_BYTES
+from scripts.bench.load import RECORD, Failure, Samples
+from scripts.bench.load_test import LoadTestError
+from scripts.bench.soak_report import (
+    MAX_SLOPE_MIB_PER_HOUR,
+    MIB,
+    Report,
+    build_report,
+    draw_plots,
+    estimate_slope,
+    render_page,
+    render_text,
+)
+from scripts.bench.soak_traffic import (
+    KINDS,
+    TIED_SHARE,
+    Answers,
+    Traffic,
+    build_traffic,
+    is_as_described,
+    read_samples,
+    say_the_same,
+)
+from scripts.paths import SAMPLE_FILES
+
+HALF_AN_HOUR_S = 1800.0
+TIMES_S = np.arange(0, HALF_AN_HOUR_S, 5.0)
+KIND_BY_NAME = {kind.name: kind for kind in KINDS}
+
+
+def wandering(seed: int, size: float = 2.0) -> NDArray[np.float64]:
+    """Noise of this standard deviation, which remembers half of itself for 20 s."""
+    random, kept = np.random.default_rng(seed), 0.5 ** (5 / 20)
+    noise = random.normal(0, size * (1 - kept**2) ** 0.5, len(TIMES_S))
+    noise[0] = random.normal(0, size)
+    for index in range(1, len(noise)):
+        noise[index] += kept * noise[index - 1]
+    return noise
+
+
+def test_slope_of_a_line_is_exact() -> None:
+    slope = estimate_slope(TIMES_S, 600 + 50 * TIMES_S / 3600)
+    assert slope is not None
+    assert [slope.per_hour, slope.low, slope.high] == pytest.approx([50] * 3)
+
+
+def test_interval_holds_the_true_slope_as_often_as_it_says() -> None:
+    """Of 400 noisy series 95 % or nearly; were the samples taken for independent, it would be far fewer."""
+    held = 0
+    for seed in range(400):
+        slope = estimate_slope(TIMES_S, 600 + 50 * TIMES_S / 3600 + wandering(seed))
+        assert slope is not None
+        assert slope.low < slope.per_hour < slope.high
+        held += slope.low <= 50 <= slope.high
+    assert 0.90 <= held / 400 <= 0.99
+
+
+@pytest.mark.parametrize("count", [0, 1, 9], ids=str)
+def test_too_few_samples_have_no_slope(count: int) -> None:
+    assert estimate_slope(TIMES_S[:count], TIMES_S[:count]) is None
+
+
+def test_bound_of_the_slope_is_what_the_allocator_may_keep_in_half_an_hour() -> None:
+    assert MAX_SLOPE_MIB_PER_HOUR * 0.5 * MIB == KEPT_BYTES
+
+
+def process_at(rss_mib: float, descriptors: int = 5) -> dict[str, int]:
+    return {"rss": round(rss_mib * MIB), "descriptors": descriptors, "threads": 1}
+
+
+def about_of(rss_mib: NDArray[np.float64], **changes: Any) -> dict[str, Any]:
+    """A soak with one worker, which leaves nothing."""
+    rest = {"processes": {"worker 1": process_at(600)}, "temp_files": ["/t/socket"]}
+    return {
+        "url": "http://127.0.0.1:1",
+        "started": "now",
+        "machine": {"cores": "<2>"},
+        "duration_s": HALF_AN_HOUR_S,
+        "rate": 10.0,
+        "rate_source": "as asked for",
+        "warm_up_s": 0.0,
+        "kinds": ["predict", "no image"],
+        "interrupted": False,
+        "wrong_before": 0,
+        "first_wrong": "",
+        "before": rest,
+        "after": rest,
+        "resources": [
+            {"s": s, "processes": {"worker 1": process_at(value)}} for s, value in zip(TIMES_S.tolist(), rss_mib, strict=True)
+        ],
+    } | changes
+
+
+def samples_of(latency_s: NDArray[np.float64], duration_s: float = HALF_AN_HOUR_S) -> Samples:
+    """Two kinds in turn, good and rightly refused."""
+    records = np.zeros(len(latency_s), RECORD)
+    records["scheduled_s"] = np.arange(len(records)) * duration_s / len(records)
+    records["done_s"] = records["scheduled_s"] + latency_s
+    records["call"] = np.arange(len(records)) % 2
+    records["status"] = np.where(records["call"] == 0, 200, 400)
+    return Samples(("predict", "no image"), records, duration_s, 10.0, 1, 0.1, {})
+
+
+FLAT = 600 + wandering(1)
+STEADY_S = np.random.default_rng(0).exponential(0.01, 18_000)
+
+
+def failed(report: Report) -> list[str]:
+    return [gate.demand for gate in report.gates if gate.passed is False]
+
+
+def test_steady_server_passes_every_gate() -> None:
+    report = build_report(about_of(FLAT), samples_of(STEADY_S))
+    assert all(gate.passed for gate in report.gates)
+    assert report.passed
+    assert [(kind.name, kind.requests, kind.right) for kind in report.kinds] == [
+        ("predict", 9000, 9000),
+        ("no image", 9000, 9000),
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_leak_is_found(seed: int) -> None:
+    growth = 80 * TIMES_S / 3600
+    report = build_report(about_of(600 + growth + wandering(seed)), samples_of(STEADY_S))
+    assert failed(report) == ["worker 1 grows by less than 64 MiB/h"]
+    assert not report.passed
+
+
+def test_growth_that_cannot_be_ruled_out_fails_too() -> None:
+    report = build_report(about_of(600 + wandering(2, size=200.0)), samples_of(STEADY_S))
+    assert failed(report) == ["worker 1 grows by less than 64 MiB/h"]
+
+
+def test_slower_answers_at_the_end_are_found() -> None:
+    growing_s = STEADY_S * np.linspace(1, 1.3, len(STEADY_S))
+    assert failed(build_report(about_of(FLAT), samples_of(growing_s))) == [
+        "p99 of the last 5 minutes at most 10% above that of the first"
+    ]
+
+
+def test_short_soak_says_nothing_of_slope_and_p99() -> None:
+    leak = about_of(600 + 1000 * TIMES_S / 3600, duration_s=60.0)
+    report = build_report(leak, samples_of(STEADY_S * np.linspace(1, 3, len(STEADY_S)), 60.0))
+    assert [gate.demand.split()[0] for gate in report.gates if gate.passed is None] == ["worker", "p99"]
+    assert report.passed
+
+
+@pytest.mark.parametrize(
+    ("changes", "demand", "found"),
+    [
+        ({"after": {"processes": {}, "temp_files": ["/t/socket"]}}, "the same processes at the end", "ended: worker 1"),
+        (
+            {"after": {"processes": {"worker 1": process_at(600, 6)}, "temp_files": ["/t/socket"]}},
+            "no descriptor left open",
+            "worker 1 5 -> 6",
+        ),
+        (
+            {"after": {"processes": {"worker 1": process_at(600)}, "temp_files": ["/t/FUp_1", "/t/socket"]}},
+            "no temp file left over",
+            "/t/FUp_1",
+        ),
+        ({"wrong_before": 1, "first_wrong": "predict: 404"}, "no wrong answer", "1 of 18,000; the first: predict: 404"),
+    ],
+    ids=["ended", "descriptor", "temp file", "wrong"],
+)
+def test_what_is_left_over_is_named(changes: dict[str, Any], demand: str, found: str) -> None:
+    report = build_report(about_of(FLAT, **changes), samples_of(STEADY_S))
+    assert [(gate.demand, gate.found) for gate in report.gates if gate.passed is False] == [(demand, found)]
+
+
+@pytest.mark.parametrize(
+    ("change", "demands"),
+    [
+        ({"failure": Failure.WRONG_FORM}, ["no wrong answer"]),
+        ({"failure": Failure.WRONG_FORM, "status": 503}, ["no wrong answer", "no 5xx"]),
+        ({"failure": Failure.TIMEOUT, "status": 0}, ["no request without an answer"]),
+    ],
+    ids=["another answer", "5xx", "timeout"],
+)
+def test_one_bad_answer_of_thousands_fails(change: dict[str, int], demands: list[str]) -> None:
+    samples = samples_of(STEADY_S)
+    for name, value in change.items():
+        samples.records[name][777] = value
+    assert failed(build_report(about_of(FLAT), samples)) == demands
+
+
+def test_processes_that_cannot_be_seen_are_not_judged() -> None:
+    nothing: dict[str, Any] = {"processes": {}, "temp_files": None}
+    report = build_report(about_of(FLAT, before=nothing, after=nothing, resources=[]), samples_of(STEADY_S))
+    assert [gate.demand for gate in report.gates if gate.passed is None] == ["processes leave nothing"]
+
+
+def test_soak_that_ended_in_its_warm_up_has_no_report() -> None:
+    with pytest.raises(LoadTestError, match="no request was counted"):
+        build_report(about_of(FLAT), samples_of(np.zeros(0)))
+
+
+def test_page_and_text_say_what_failed() -> None:
+    about = about_of(600 + 500 * TIMES_S / 3600)
+    report = build_report(about, samples_of(STEADY_S))
+    page = render_page(report, draw_plots(about, samples_of(STEADY_S)))
+    for text in (page, render_text(report)):
+        assert "FAILED: worker 1 grows by less than 64 MiB/h: +500" in text
+    assert "<title>Soak</title>" in page
+    assert "&lt;2&gt;" in page
+    assert page.count("<svg") == 1
+
+
+# --- right answers
+
+
+def json_map(values: NDArray[np.float32], encoding: str, digit: int = 7) -> bytes:
+    saliency: Any = values.tolist() if encoding == "nested" else base64.b64encode(values.tobytes()).decode()
+    return json.dumps({"digit": digit, "explanation": {"saliency": saliency}}).encode()
+
+
+def npy_map(values: NDArray[np.float32]) -> bytes:
+    content = BytesIO()
+    np.save(content, values)
+    return content.getvalue()
+
+
+def png_map(values: NDArray[np.float32]) -> bytes:
+    content = BytesIO()
+    Image.fromarray(np.clip(128 + 100 * values, 0, 255).astype(np.uint8)).save(content, format="PNG")
+    return content.getvalue()
+
+
+FORMS = {
+    "nested": lambda values: json_map(values, "nested"),
+    "base64": lambda values: json_map(values, "base64"),
+    "npy": npy_map,
+    "png": png_map,
+}
+MAP = np.random.default_rng(3).normal(size=(28, 28)).astype(np.float32)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rounding_is_the_same_answer_and_another_map_is_not(form: str) -> None:
+    write = FORMS[form]
+    assert say_the_same(write(MAP), write(MAP * np.float32(1 + 1e-5)))
+    assert not say_the_same(write(MAP), write(MAP[::-1].copy()))
+    assert not say_the_same(write(MAP), write(MAP[:27]))
+    assert not say_the_same(write(MAP), b"")
+    assert not say_the_same(write(MAP), write(MAP)[:-30])
+
+
+def test_ties_may_differ_only_in_few_places_of_a_prepared_image() -> None:
+    few, many = MAP.copy(), MAP.copy()
+    few.flat[:12] += 1
+    many.flat[: int(TIED_SHARE * MAP.size) + 1] += 1
+    one = json_map(MAP, "nested")
+    assert say_the_same(one, json_map(few, "nested"), TIED_SHARE)
+    assert not say_the_same(one, json_map(few, "nested"))
+    assert not say_the_same(one, json_map(many, "nested"), TIED_SHARE)
+    assert not say_the_same(one, json_map(MAP, "nested", digit=3), TIED_SHARE)
+
+
+def error_of(kind: str) -> bytes:
+    return json.dumps({"error": {"type": kind}}).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "body", "expected"),
+    [
+        ("predict", 200, b'{"digit": 7}', True),
+        ("predict", 200, b'{"digit": 3}', False),
+        ("predict", 400, b'{"digit": 7}', False),
+        ("predict", 200, b"", False),
+        ("no image", 400, error_of("UnreadableImage"), True),
+        ("no image", 400, error_of("EmptyRequest"), False),
+        ("no image", 200, b'{"digit": 7}', False),
+    ],
+)
+def test_first_answer_has_to_be_what_its_kind_asks_for(name: str, status: int, body: bytes, expected: bool) -> None:
+    assert is_as_described(KIND_BY_NAME[name], 7, status, body) is expected
+
+
+@pytest.fixture(scope="module")
+def traffic() -> Traffic:
+    return build_traffic("http://127.0.0.1:1", "digits", read_samples(SAMPLE_FILES[1::25]))
+
+
+def test_every_kind_is_sent_as_often_as_it_says(traffic: Traffic) -> None:
+    names = [call.name for call in traffic.calls]
+    assert set(names) == KIND_BY_NAME.keys()
+    assert all(names.count(kind.name) == 2 * kind.weight for kind in KINDS if kind.weight)
+    bad = sum(kind.weight for kind in KINDS if kind.is_bad)
+    assert 0.1 < bad / sum(kind.weight for kind in KINDS) < 0.3
+    distinct = traffic.distinct_calls()
+    assert [distinct[index] for index in traffic.distinct] == traffic.calls
+
+
+def test_answer_that_belongs_to_another_request_is_wrong(traffic: Traffic) -> None:
+    answers = Answers(traffic)
+    mine = next(index for index, call in enumerate(traffic.calls) if call.name == "predict")
+    label = traffic.labels[traffic.distinct[mine]]
+    body = json.dumps({"digit": label, "logits": [1.5]}).encode()
+    assert answers.learn(traffic.distinct[mine], 200, body)
+    assert answers.check(mine, 200, body)
+    assert answers.check(mine, 200, body.replace(b"1.5", b"1.500001"))
+    assert answers.wrong_count == 0
+    assert not answers.check(mine, 200, body.replace(b"1.5", b"2.5"))
+    assert not answers.check(mine, 503, body)
+    assert answers.wrong_count == 2
+    assert answers.first_wrong.startswith("predict: status 200, b'{")
