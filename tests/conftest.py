@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 from handler.gradients.compiler import compile_and_load
-from handler.gradients.explain import Autograd, Differentiable, freeze
-from handler.runtime.archive import load_network
+from handler.gradients.explain import Autograd, Differentiable
+from scripts.network import load_committed_network
 from scripts.packaging.package import build_archive
 from scripts.paths import MODEL_CONFIG, MODEL_FILE, SAMPLE_FILES, WEIGHTS_FILE
 
@@ -34,7 +34,7 @@ def label_of(file: Path) -> int:
 @pytest.fixture(scope="session")
 def network() -> nn.Module:
     """The committed network, frozen."""
-    return freeze(load_network(MODEL_FILE, WEIGHTS_FILE))
+    return load_committed_network()
 
 
 @pytest.fixture(scope="session", params=["autograd", "compiled pass"])
