@@ -19,7 +19,7 @@
         +-- ImageTooLarge      413  more pixels, or more parts of a file, than are decoded
         +-- RequestTooLarge    413  more images, maps or gradients than one request may ask for
 
-A message says what was got and what is accepted, in ASCII, with the client's own values shortened.
+A message says what was expected and what was got, in ASCII, with the client's own values shortened.
 """
 
 from collections.abc import Mapping
@@ -135,7 +135,7 @@ def join_errors(errors: Mapping[int, ClientError], image_count: int) -> ClientEr
     for index, error in errors.items():
         by_message.setdefault(error.message, []).append(index)
     details = [f"at {_listed(indices)}: {message}" for message, indices in by_message.items()][:SHOWN_ERRORS]
-    message = f"got {len(errors)} bad of {image_count} images, at index {_listed(list(errors))}; {'; '.join(details)}"
+    message = f"expected {image_count} good images, got {len(errors)} bad, at index {_listed(list(errors))}; {'; '.join(details)}"
     if len(by_message) > SHOWN_ERRORS:
         message += f"; and {len(by_message) - SHOWN_ERRORS} more errors"
     return type(next(iter(errors.values())))(message, tuple(errors))

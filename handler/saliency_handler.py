@@ -8,6 +8,7 @@ import logging
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -23,19 +24,13 @@ from handler.errors import InternalError, Overloaded, ServiceError
 from handler.gradients.compiled import COMPILED_PASS_FILE, load_compiled_pass
 from handler.gradients.cuda_graphs import record
 from handler.gradients.explain import Explanation, compute_exactly, freeze, predict_and_explain
+from handler.gradients.methods import softmax
+from handler.images.preparation import PreparedImage
 from handler.limits import MAX_BATCH_SECONDS, MAX_FORWARD_IMAGES, MAX_GRADIENTS
-from handler.preparation import Prepared, Question, prepare_images
+from handler.preprocess import PreparedRequest, preprocess
 from handler.protocol.describe import describe_service
-from handler.protocol.reply import (
-    Maps,
-    Reply,
-    Result,
-    fit_batch,
-    probabilities_of,
-    render_description,
-    render_error,
-    render_results,
-)
+from handler.protocol.options import Options
+from handler.protocol.reply import Reply, Result, fit_batch, render_description, render_error, render_results
 from handler.protocol.request import ROUTE_HEADER, is_describe_request, parse_request, read_correlation_id
 from handler.runtime.archive import load_network, mean_pixel_of, verify_files
 from handler.runtime.malloc import IdleTrimmer, keep_freed_memory
@@ -44,15 +39,16 @@ from handler.torchserve import adapt_worker, emitter_to_frontend, leave_with_a_l
 
 logger = logging.getLogger(__name__)
 
-
 # TorchServe puts an id of its own into every reply's X-Request-Id, over anything that stands there.
 CORRELATION_HEADER = "X-Correlation-Id"
 
-Inferred = tuple[NDArray[np.float32], NDArray[np.float64], Explanation | None]  # (K,) logits and probabilities, maps
+Inferred = tuple[
+    NDArray[np.float32], NDArray[np.float64], Explanation | None
+]  # of one image: logits and probabilities (K,), maps
 
 
 class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
-    """Answers which class an image is of and, where a request asks for it, which pixels said so."""
+    """Answers which class an image is of and, where a request asks for it, which pixels decided."""
 
     def initialize(self, context: Context) -> None:
         """Load what the archive carries onto this worker's device, and run it once.
@@ -108,18 +104,23 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         self.meter.start()
         self.deadline = time.monotonic() + MAX_BATCH_SECONDS
         headers = [context.get_all_request_header(index) for index in range(len(data))]
-        outcomes = [self._prepare(row, row_headers) for row, row_headers in zip(data, headers, strict=True)]
+        outcomes = [self._preprocess(row, row_headers) for row, row_headers in zip(data, headers, strict=True)]
         self.meter.lap(Step.DECODE)
-        inferred = iter(self._infer([question for one in outcomes if isinstance(one, Prepared) for question in one.questions]))
-        replies = [
-            self._render(outcome, list(islice(inferred, len(outcome.questions)))) if isinstance(outcome, Prepared) else outcome
-            for outcome in outcomes
-        ]
-        replies = fit_batch(replies)
+        inferred = self._infer([outcome for outcome in outcomes if isinstance(outcome, PreparedRequest)])
+        replies = fit_batch(
+            [
+                self._render(outcome, list(islice(inferred, len(outcome.images))))
+                if isinstance(outcome, PreparedRequest)
+                else outcome
+                for outcome in outcomes
+            ]
+        )
         self.meter.lap(Step.ENCODE)
         answers = [
             answer_of(
-                outcome if isinstance(outcome, Prepared) else None, reply, explain_route=row_headers.get(ROUTE_HEADER) == "True"
+                outcome if isinstance(outcome, PreparedRequest) else None,
+                reply,
+                explain_route=row_headers.get(ROUTE_HEADER) == "True",
             )
             for outcome, reply, row_headers in zip(outcomes, replies, headers, strict=True)
         ]
@@ -140,19 +141,17 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         self.trimmer.note_work()
         return [reply.body for reply in replies]
 
-    def _prepare(self, row: object, headers: dict[str, object]) -> Prepared | Reply:
-        """Read one request as far as its canonical pixels. An error is this row's alone, whatever it is."""
+    def _preprocess(self, row: object, headers: dict[str, object]) -> PreparedRequest | Reply:
+        """Read one request as far as the network's pixels. An error is this row's alone, whatever it is."""
         try:
             self._require_time()
             if is_describe_request(row, headers):
                 return render_description(self._describe())
             _, height, width = self.input_shape
             request = parse_request(row, headers, self.class_count)
-            return prepare_images(request, height, width, has_mean=self.mean_pixel is not None)
-        except ServiceError as error:
-            return render_error(error)
+            return preprocess(request, height, width, has_mean=self.mean_pixel is not None)
         except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
-            return render_error(_internal_error(error))
+            return _render_exception(error)
 
     def _describe(self) -> dict[str, Any]:
         _, height, width = self.input_shape
@@ -161,24 +160,24 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     def _require_time(self) -> None:
         """Refuse what is left of a batch that has taken too long."""
         if time.monotonic() > self.deadline:
-            raise Overloaded("got too much work at once, together with others; send it again, or ask for less")
+            raise Overloaded("server overloaded: retry, or send a smaller request")
 
-    def _infer(self, questions: list[Question]) -> Iterator[Inferred | ServiceError]:
+    def _infer(self, requests: Sequence[PreparedRequest]) -> Iterator[Inferred | ServiceError]:
         """Run the network for all images that can be answered: once, unless they are too many, or too much work, for that."""
         passes = TimedPasses(self.differentiable, self.meter, self.device)
-        for part in _split(questions):
+        for part in _split([pair for one in requests for pair in zip(one.images, one.options, strict=True)]):
             self.meter.lap(Step.ENCODE)  # of what was computed before
             try:
                 self._require_time()
-                pixels = np.stack([question.pixels for question in part])[:, None]  # (N, 1, H, W)
-                targets = [question.options.target.classes if question.options.explain else () for question in part]
-                methods = [question.options.method for question in part]
+                pixels = np.stack([image.pixels for image, _ in part])[:, None]  # (N, 1, H, W)
+                targets = [options.target.classes if options.explain else () for _, options in part]
+                methods = [options.method for _, options in part]
                 logits, explanations = predict_and_explain(
                     passes, torch.from_numpy(pixels).to(self.device), targets, methods, self.mean_pixel
                 )
                 self.meter.see(logits)
                 self.meter.lap(Step.MAP)
-                yield from zip(logits, probabilities_of(logits), explanations, strict=True)
+                yield from zip(logits, softmax(logits), explanations, strict=True)
             except ServiceError as error:
                 yield from [error] * len(part)
             except Exception as error:  # noqa: BLE001  # answered in this API's own form
@@ -186,47 +185,49 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 leave_with_a_lost_gpu(self.device)
                 yield from [failure] * len(part)
 
-    def _render(self, prepared: Prepared, inferred: Sequence[Inferred | ServiceError]) -> Reply:
+    def _render(self, prepared: PreparedRequest, inferred: Sequence[Inferred | ServiceError]) -> Reply:
         """Write the reply to one request. An error is this row's alone, whatever it is."""
         try:
             self._require_time()
-            results = [self._result(*pair) for pair in zip(prepared.questions, inferred, strict=True)]
+            results = [_result(*one) for one in zip(prepared.images, prepared.options, inferred, strict=True)]
             request = prepared.request
             return render_results(
                 results, request.reply_format, self.model_description, listed=prepared.listed, infer=request.infer
             )
-        except ServiceError as error:
-            return render_error(error)
         except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
-            return render_error(_internal_error(error))
-
-    def _result(self, question: Question, inferred: Inferred | ServiceError) -> Result:
-        if isinstance(inferred, ServiceError):
-            raise inferred
-        logits, probabilities, explanation = inferred
-        maps, image = None, question.pixels
-        if explanation is not None:
-            saliency = explanation.maps.squeeze(1)  # (T, H, W)
-            if question.sent is not None:
-                image = question.sent
-                gradients = question.preparation.pull_back(explanation.gradients.squeeze(1))
-                saliency = question.options.method.finish(gradients, image)
-            maps = Maps(explanation.classes, saliency, explanation.gaps)
-        return Result(question.options, logits, probabilities, maps, question.describe_preparation(), image)
+            return _render_exception(error)
 
 
-def _split(questions: Sequence[Question]) -> Iterator[list[Question]]:
-    """Split a batch into parts that take at most MAX_FORWARD_IMAGES, and no more gradients than one request may ask for."""
-    part: list[Question] = []
+def _result(image: PreparedImage, options: Options, inferred: Inferred | ServiceError) -> Result:
+    """Put together what is known of one image, its maps without their axis of channels and in the pixels that were asked for."""
+    if isinstance(inferred, ServiceError):
+        raise inferred
+    logits, probabilities, explanation = inferred
+    if explanation is not None:
+        maps = explanation.maps.squeeze(1)  # (T, H, W)
+        if image.sent is not None:
+            maps = options.method.finish(image.pull_back(explanation.gradients.squeeze(1)), image.sent)
+        explanation = replace(explanation, maps=maps)
+    return Result(options, image, logits, probabilities, explanation)
+
+
+def _split(pairs: Sequence[tuple[PreparedImage, Options]]) -> Iterator[list[tuple[PreparedImage, Options]]]:
+    """Split a batch into parts of at most MAX_FORWARD_IMAGES images, and no more gradients than one request may ask for."""
+    part: list[tuple[PreparedImage, Options]] = []
     gradient_count = 0
-    for question in questions:
-        gradient_count += question.options.gradient_count
+    for image, options in pairs:
+        gradient_count += options.gradient_count
         if len(part) == MAX_FORWARD_IMAGES or (part and gradient_count > MAX_GRADIENTS):
             yield part
-            part, gradient_count = [], question.options.gradient_count
-        part.append(question)
+            part, gradient_count = [], options.gradient_count
+        part.append((image, options))
     if part:
         yield part
+
+
+def _render_exception(error: Exception) -> Reply:
+    """Write what a client gets to know of an error: its own mistake, or that there is a defect here."""
+    return render_error(error if isinstance(error, ServiceError) else _internal_error(error))
 
 
 def _internal_error(error: Exception) -> InternalError:

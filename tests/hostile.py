@@ -11,7 +11,7 @@ from PIL import Image
 
 from handler.errors import ClientError
 from handler.images.decode import ACCEPTED_FORMATS
-from handler.preparation import prepare_images
+from handler.preprocess import preprocess
 from handler.protocol.request import parse_request
 from scripts.paths import SAMPLE_FILES
 
@@ -46,14 +46,14 @@ def outcome_of(row: object, headers: dict[str, str]) -> str:
         Exception: anything but a client error is a defect.
     """
     try:
-        prepared = prepare_images(parse_request(row, headers, CLASS_COUNT), HEIGHT, WIDTH)
+        prepared = preprocess(parse_request(row, headers, CLASS_COUNT), HEIGHT, WIDTH)
     except ClientError as refused:
         return _name_of(refused)
-    for question in prepared.questions:
-        assert question.pixels.shape == (HEIGHT, WIDTH)
-        assert question.pixels.dtype == np.float32
-        assert question.pixels.min() >= 0  # false for NaN as well
-        assert question.pixels.max() <= 1
+    for image in prepared.images:
+        assert image.pixels.shape == (HEIGHT, WIDTH)
+        assert image.pixels.dtype == np.float32
+        assert image.pixels.min() >= 0  # false for NaN as well
+        assert image.pixels.max() <= 1
     return "pixels"
 
 

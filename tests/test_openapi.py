@@ -15,7 +15,8 @@ from handler.images.decode import ACCEPTED_FORMATS
 from handler.limits import MAX_ID_CHARACTERS, MAX_IMAGES, MAX_PIXELS
 from handler.protocol.describe import describe_service
 from handler.protocol.kserve import BYTES, EXPLANATION_OUTPUTS, PREDICTION_OUTPUTS
-from handler.protocol.request import HEADER_PREFIX, IMAGE_FIELDS, OPTION_PARSERS, ReplyFormat
+from handler.protocol.options import HEADER_PREFIX, IMAGE_FIELDS, OPTIONS, read_value
+from handler.protocol.request import ReplyFormat
 from scripts.paths import ROOT
 from tests.openapi import DOCUMENT, DOCUMENT_FILE, example_replies, resolve, schema_at, validator_of
 
@@ -75,15 +76,15 @@ def test_version_is_the_project_s() -> None:
 
 
 def test_every_option_is_a_field_and_a_header() -> None:
-    assert list(schema_named("Options")["properties"]) == list(OPTION_PARSERS)
-    assert list(schema_named("Form")["properties"]) == [*IMAGE_FIELDS, *OPTION_PARSERS]
-    assert [name.lower() for name in HEADERS] == [HEADER_PREFIX + name.replace("_", "-") for name in OPTION_PARSERS]
+    assert list(schema_named("Options")["properties"]) == list(OPTIONS)
+    assert list(schema_named("Form")["properties"]) == [*IMAGE_FIELDS, *OPTIONS]
+    assert [name.lower() for name in HEADERS] == [HEADER_PREFIX + name.replace("_", "-") for name in OPTIONS]
     for path in DOCUMENT["paths"].values():
         if "post" in path:
             assert [resolve(parameter) for parameter in path["parameters"]] == list(HEADERS.values())
 
 
-@pytest.mark.parametrize("name", OPTION_PARSERS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_option_has_the_default_and_the_values_of_the_code(name: str) -> None:
     schema, described = option_schema(name), DESCRIPTION["options"][name]
     assert schema["default"] == described["default"]
@@ -109,13 +110,13 @@ CANDIDATES: list[Any] = [
 
 def accepts(name: str, value: Any) -> bool:
     try:
-        OPTION_PARSERS[name](name, value, CLASS_COUNT)
+        read_value(name, value, CLASS_COUNT)
     except ClientError:
         return False
     return True
 
 
-@pytest.mark.parametrize("name", OPTION_PARSERS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_document_and_code_accept_the_same_values(name: str) -> None:
     """But for flags as text, which the code takes in JSON too."""
     schema = validator_of(f"#/components/schemas/Options/properties/{name}")
@@ -163,7 +164,7 @@ def test_reply_has_the_parameters_of_its_method(name: str) -> None:
         "saliency": "",
     }
     explanation |= {"parameters": method.values} if method.values else {}
-    explanation |= {"completeness_gap": 0.25} if method.has_gap else {}
+    explanation |= {"completeness_gap": 0.25} if method.has_convergence_delta else {}
     schema = validator_of("#/components/schemas/Explanation")
     schema.validate(explanation)
     for key in ("parameters", "completeness_gap"):
@@ -171,7 +172,7 @@ def test_reply_has_the_parameters_of_its_method(name: str) -> None:
         assert schema.is_valid(without) == (key not in explanation)
     if not method.values:
         assert not schema.is_valid(explanation | {"parameters": {"samples": 25}})
-    if not method.has_gap:
+    if not method.has_convergence_delta:
         assert not schema.is_valid(explanation | {"completeness_gap": 0.25})
 
 
@@ -251,12 +252,12 @@ def test_readme_has_the_same_options_and_headers() -> None:
     for _, field, header, _ in readme_rows(4):
         options |= set(re.findall(r"^`([a-z_]+)`", field))
         headers |= set(re.findall(r"^`(X-Saliency-[A-Za-z-]+)", header))
-    assert options == set(OPTION_PARSERS)
+    assert options == set(OPTIONS)
     assert headers == set(HEADERS)
     assert set(re.findall(r"`(X-[A-Z][A-Za-z-]+)", README_API)) == set(HEADERS) | set(REPLY_HEADERS)
 
 
-@pytest.mark.parametrize("name", [name for name in OPTION_PARSERS if "enum" in option_schema(name)])
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "enum" in option_schema(name)])
 def test_readme_has_the_same_values_and_default(name: str) -> None:
     (row,) = [row for row in readme_rows(4) if row[1].startswith(f"`{name}`")]
     assert re.findall(r'`"(\w+)"`', row[1]) == option_schema(name)["enum"]

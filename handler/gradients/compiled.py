@@ -161,5 +161,5 @@ def _largest_difference(
 def _row_differences(values: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """The largest difference in each row, as a share of the row's largest expected value: (N,)."""
     if values.shape != expected.shape:
-        raise ValueError(f"got the shape {tuple(values.shape)}; expected {tuple(expected.shape)}")
+        raise ValueError(f"expected the shape {tuple(expected.shape)}, got {tuple(values.shape)}")
     return (values - expected).flatten(1).abs().amax(dim=1) / expected.flatten(1).abs().amax(dim=1)

@@ -1,4 +1,4 @@
-"""How a map is made: one table of methods, and the mathematics of each.
+"""How a saliency map is made: one table of methods, and the mathematics of each.
 
 A method says where the network is differentiated, what of it, and what becomes of the gradients; `saliency` does the
 differentiating, for all rows of a batch together. A method is a frozen dataclass whose fields are its parameters. Options, their
@@ -39,6 +39,12 @@ class Baseline(StrEnum):
     MEAN = "mean"
 
 
+def softmax(logits: Array) -> NDArray[np.float64]:
+    """Probabilities of logits, computed in float64: (..., K) -> (..., K)."""
+    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Parameter:
     """One parameter of a method, as an option.
@@ -69,7 +75,7 @@ class Sampled:
         scores: (T,), its scores of the classes explained.
         points: (S, C, H, W).
         point_scores: (S, T).
-        gradients: (S, T, C, H, W), of the scores by the pixels, at the points.
+        gradients: (S, T, C, H, W), of the scores by the pixels, at the points; (S, 0, C, H, W) where the method needs none.
     """
 
     pixels: Array
@@ -86,7 +92,7 @@ class Method:
     name: ClassVar[str]
     description: ClassVar[str]
     output: ClassVar[str] = LOGIT  # what is differentiated
-    has_gap: ClassVar[bool] = False
+    has_convergence_delta: ClassVar[bool] = False
 
     @classmethod
     def parameters(cls) -> dict[str, Parameter]:
@@ -143,8 +149,7 @@ class LossGradient(Method):
 
         In float64, and p_c - 1 as what the others have together: for a confident prediction the difference would be lost.
         """
-        exponentials = np.exp(logits.astype(np.float64) - logits.max())
-        weights = exponentials / exponentials.sum()
+        weights = softmax(logits)
         weights[target] = 0
         weights[target] = -weights.sum()
         return np.asarray(weights)
@@ -163,19 +168,20 @@ class GradientXInput(Method):
 
 
 class SamplingMethod(Method):
-    """A method that differentiates at other points than the image."""
+    """A method that looks at other points than the image: the network is scored there and, unless it says no, differentiated."""
 
     __slots__ = ()
+    needs_gradients: ClassVar[bool] = True  # False of a method that scores alone, such as occlusion
 
     def points(self, pixels: Array, mean: Array | None) -> Array:
-        """Choose where to differentiate: (C, H, W) -> (gradient_count, C, H, W), of the same type.
+        """Choose the points: (C, H, W) -> (gradient_count, C, H, W), of the same type.
 
         `mean` is the network's mean pixel, of any shape that fits; it is there where the method needs it.
         """
         raise NotImplementedError
 
     def combine(self, sampled: Sampled) -> tuple[Array, Array | None]:
-        """Make maps (T, C, H, W) of what the network says there; and their completeness gaps (T,), where it has them."""
+        """Make maps (T, C, H, W) of what the network says there; and their convergence deltas (T,), where it has them."""
         raise NotImplementedError
 
 
@@ -221,13 +227,13 @@ class SmoothGrad(SamplingMethod):
 class IntegratedGradients(SamplingMethod):
     """Gradients on the way from a baseline, times the way (Sundararajan et al., arXiv 1703.01365).
 
-    Summed by the Gauss-Legendre rule. The map adds up to S(image) - S(baseline) but for the completeness gap, by which the sum
-    over so many steps misses the integral.
+    Summed by the Gauss-Legendre rule. The map adds up to S(image) - S(baseline) but for the convergence delta
+    (`completeness_gap` in the API), by which the sum over so many steps misses the integral.
     """
 
     name: ClassVar[str] = "integrated_gradients"
     description: ClassVar[str] = "share of each pixel in the score's difference to a baseline image"
-    has_gap: ClassVar[bool] = True
+    has_convergence_delta: ClassVar[bool] = True
     steps: int = field(
         default=50, metadata=_described("points on the way from the baseline to the image", 1, MAX_INTEGRATION_STEPS)
     )

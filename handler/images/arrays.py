@@ -1,4 +1,4 @@
-"""Arrays of pixels (.npy files, tensors of the Open Inference Protocol) -> grey images.
+"""Arrays of pixels (nested numbers, .npy files, tensors of the Open Inference Protocol) -> grey images.
 
 As `decode` part of the trust boundary: what a header declares is checked before anything is allocated, and no pickle is read.
 Knows nothing of TorchServe, HTTP or the network.
@@ -17,6 +17,7 @@ from handler.errors import ClientError, EmptyRequest, InvalidPixel, RequestTooLa
 from handler.images.decode import DecodedImage
 from handler.limits import MAX_HEADER_BYTES, MAX_IMAGES
 
+NPY_MAGIC = b"\x93NUMPY"  # how every .npy file starts; no JSON can
 NUMPY_TYPES = {  # the protocol's number types -> numpy's
     **{f"UINT{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
     **{f"INT{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
@@ -39,19 +40,6 @@ class Tensor:
     data: list[Any]
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedImages:
-    """The images of one array.
-
-    Attributes:
-        images: in the array's order, with an error in the place of one that has a bad pixel.
-        several: the array is a list of images, be it of one.
-    """
-
-    images: list[DecodedImage | ClientError]
-    several: bool
-
-
 def require_image_count(count: int) -> None:
     """Refuse a request with no image or with more than MAX_IMAGES.
 
@@ -59,16 +47,18 @@ def require_image_count(count: int) -> None:
         EmptyRequest, RequestTooLarge
     """
     if count < 1:
-        raise EmptyRequest(f"got a list of no images; 1 to {MAX_IMAGES} are accepted")
+        raise EmptyRequest(f"expected a list of 1 to {MAX_IMAGES} images, got an empty one")
     if count > MAX_IMAGES:
-        raise RequestTooLarge(f"got {shown(count)} images in one request; up to {MAX_IMAGES} are accepted")
+        raise RequestTooLarge(f"expected at most {MAX_IMAGES} images in one request, got {shown(count)}")
 
 
-def decode_npy(content: bytes, height: int, width: int) -> DecodedImages:
+def decode_npy(content: bytes, height: int, width: int) -> DecodedImage | list[DecodedImage | ClientError]:
     """Read an .npy of shape (height, width), (N, height, width) or (N, 1, height, width).
 
     Integers are 0-255, floats 0-1.
 
+    Returns:
+        the image; of an array that is a list of images (be it of one) the list, with an error in the place of a bad one.
     Raises:
         UnreadableArray: it is damaged, truncated, or its elements are neither integers nor floats.
         WrongShape: it has another shape.
@@ -82,21 +72,26 @@ def decode_npy(content: bytes, height: int, width: int) -> DecodedImages:
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran_order, dtype = read_header(file, max_header_size=MAX_HEADER_BYTES)
     except Exception as error:  # numpy evaluates the header, and raises whatever a damaged one leads it to
-        raise UnreadableArray("got an .npy with a damaged header; one that numpy.save wrote is accepted") from error
+        raise UnreadableArray("expected an .npy as numpy.save writes it, got one with a damaged header") from error
     if dtype.kind not in "uif":
-        raise UnreadableArray(f"got an .npy of {shown(str(dtype))}; arrays of integers or floats are accepted")
+        raise UnreadableArray(f"expected an .npy of integers or floats, got one of {shown(str(dtype))}")
     count, several = _image_count(shape, height, width)
     size = count * height * width * dtype.itemsize
     if len(content) - file.tell() != size:
         raise UnreadableArray(
-            f"got {len(content) - file.tell():,} bytes of pixels in an .npy that declares {size:,}; a whole file is accepted"
+            f"expected the whole file of an .npy that declares {size:,} bytes of pixels, got {len(content) - file.tell():,}"
         )
     values = np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order="F" if fortran_order else "C")
     limit = 1 if dtype.kind == "f" else 255
-    return DecodedImages(_read_pixels(values.reshape(count, height, width), limit, f"{dtype.name} array, 0-{limit}"), several)
+    images = _read_pixels(values.reshape(count, height, width), limit, f"{dtype.name} array, 0-{limit}")
+    if several:
+        return images
+    if isinstance(images[0], ClientError):
+        raise images[0]
+    return images[0]
 
 
-def decode_tensor(tensor: Tensor, height: int, width: int) -> DecodedImages:
+def decode_tensor(tensor: Tensor, height: int, width: int) -> list[DecodedImage | ClientError]:
     """Read a tensor of shape [height, width], [N, height, width] or [N, 1, height, width]: integers 0-255 or floats 0-1.
 
     Raises:
@@ -111,14 +106,13 @@ def decode_tensor(tensor: Tensor, height: int, width: int) -> DecodedImages:
     odd = set(map(type, flat)) - set(accepted)
     if odd:
         value = next(value for value in flat if type(value) in odd)
-        raise InvalidPixel(f"got {shown(value)} among the data of a tensor of {tensor.datatype}; such numbers are accepted")
+        raise InvalidPixel(f"expected numbers as the data of a tensor of {tensor.datatype}, got {shown(value)} among them")
     limit = 1 if dtype.kind == "f" else min(255, np.iinfo(dtype).max)
     try:
         values = np.array(flat, dtype=np.float64)
     except OverflowError as error:  # an integer of more than 300 digits
-        raise InvalidPixel(f"got an integer of hundreds of digits; {_accepted(limit)} are accepted") from error
-    images = _read_pixels(values.reshape(count, height, width), limit, f"{tensor.datatype} tensor, 0-{limit}")
-    return DecodedImages(images, several=True)
+        raise InvalidPixel(f"expected {_accepted(limit)}, got an integer of hundreds of digits") from error
+    return _read_pixels(values.reshape(count, height, width), limit, f"{tensor.datatype} tensor, 0-{limit}")
 
 
 def _image_count(shape: tuple[int, ...], height: int, width: int) -> tuple[int, bool]:
@@ -129,7 +123,7 @@ def _image_count(shape: tuple[int, ...], height: int, width: int) -> tuple[int, 
         require_image_count(shape[0])
         return shape[0], True
     raise WrongShape(
-        f"got shape {shown(list(shape))}; [{height}, {width}], [N, {height}, {width}] or [N, 1, {height}, {width}] is accepted"
+        f"expected shape [{height}, {width}], [N, {height}, {width}] or [N, 1, {height}, {width}], got {shown(list(shape))}"
     )
 
 
@@ -140,12 +134,12 @@ def _flatten(tensor: Tensor) -> list[Any]:
     while level and isinstance(level[0], list) and len(lengths) < len(tensor.shape):
         inner = {len(member) if isinstance(member, list) else -1 for member in level}
         if len(inner) > 1:
-            raise WrongShape(f"got ragged data for shape {shown(list(tensor.shape))}; flat or evenly nested lists are accepted")
+            raise WrongShape(f"expected flat or evenly nested lists for shape {shown(list(tensor.shape))}, got ragged data")
         lengths.append(inner.pop())
         level = list(itertools.chain.from_iterable(level))
     size = int(np.prod(tensor.shape))
     if lengths != list(tensor.shape) and lengths != [size]:
-        raise WrongShape(f"got data of shape {lengths} for shape {shown(list(tensor.shape))}; that, or [{size}], is accepted")
+        raise WrongShape(f"expected data of shape {shown(list(tensor.shape))} or [{size}], got {lengths}")
     return level
 
 
@@ -170,9 +164,52 @@ def _bad_pixel(values: NDArray[Any], bad: NDArray[np.bool_], limit: int) -> Inva
     row, column = np.argwhere(bad)[0].tolist()
     value = values[row, column].item()
     return InvalidPixel(
-        f"got {shown(value if limit == 1 else int(value))} at row {row}, column {column}; {_accepted(limit)} are accepted"
+        f"expected {_accepted(limit)}, got {shown(value if limit == 1 else int(value))} at row {row}, column {column}"
     )
 
 
 def _accepted(limit: int) -> str:
     return "floats from 0.0 to 1.0" if limit == 1 else f"integers from 0 to {limit}"
+
+
+def decode_numbers(rows: list[Any], height: int, width: int) -> DecodedImage:
+    """Check nested numbers and make them intensities: integers are 0-255; where there is a float, all are 0-1.
+
+    Args:
+        rows: `height` lists of `width` numbers each.
+    Raises:
+        WrongShape: the lists have another shape.
+        InvalidPixel: a value is no number, NaN, infinite or out of range.
+    """
+    if len(rows) != height or any(not isinstance(row, list) or len(row) != width for row in rows):
+        raise WrongShape(f"expected numbers of shape ({height}, {width}), got {_describe_shape(rows)}")
+    kinds = {kind for row in rows for kind in set(map(type, row))}
+    if not kinds <= {int, float}:
+        odd = next(value for row in rows for value in row if type(value) not in (int, float))
+        raise InvalidPixel(f"expected numbers as pixels, got {shown(odd)} among them")
+    limit, source = (1, "floats 0-1") if float in kinds else (255, "integers 0-255")
+    values = _as_floats(rows)
+    if not np.all((values >= 0) & (values <= limit)):  # false for NaN as well
+        y, x = next(place for place in np.ndindex(height, width) if not 0 <= rows[place[0]][place[1]] <= limit)
+        raise InvalidPixel(
+            f"expected integers from 0 to 255, or floats from 0.0 to 1.0, got {shown(rows[y][x])} at row {y}, column {x}"
+        )
+    return DecodedImage(values.astype(np.float32) / np.float32(limit), source, is_canonical=True)
+
+
+def _as_floats(rows: list[Any]) -> NDArray[np.float64]:
+    try:
+        return np.array(rows, dtype=np.float64)
+    except OverflowError:  # an integer of more than 300 digits
+        return np.full((len(rows), len(rows[0])), np.nan)
+
+
+def _describe_shape(value: object) -> str:
+    """Render the shape of nested lists, "ragged" where their lengths differ."""
+    shape: list[str] = []
+    level = [value]
+    while level and len(shape) < 5 and all(isinstance(member, list) for member in level):
+        lengths = {len(member) for member in level if isinstance(member, list)}
+        shape.append(str(lengths.pop()) if len(lengths) == 1 else "ragged")
+        level = list(itertools.islice(itertools.chain.from_iterable(m for m in level if isinstance(m, list)), 10_000))
+    return f"({', '.join(shape)})"

@@ -1,9 +1,8 @@
-"""Image bytes, or nested numbers -> grey pixels in [0, 1].
+"""Image bytes -> grey pixels in [0, 1].
 
 The trust boundary: the input is hostile. Knows nothing of TorchServe, HTTP or the network.
 """
 
-import itertools
 import logging
 import re
 import struct
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
 
-from handler.errors import ClientError, ImageTooLarge, InvalidPixel, UnreadableImage, WrongShape, shown
+from handler.errors import ClientError, ImageTooLarge, UnreadableImage
 from handler.limits import MAX_DECODER_OPERATIONS, MAX_JPEG_SCANS, MAX_PIXELS, MAX_SIDE, MAX_TAG_BYTES
 
 ACCEPTED_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")  # no other decoder of Pillow's is ever tried
@@ -91,10 +90,10 @@ class DecodingBudget:
             ImageTooLarge: it is too large by itself, or together with those before it.
         """
         if width * height > self.pixels_left or max(width, height) > MAX_SIDE:
-            together = "" if self.pixels_left == MAX_PIXELS else ", in all images of a request together,"
+            together = "" if self.pixels_left == MAX_PIXELS else " in all images of a request together"
             raise ImageTooLarge(
-                f"got an image of {width} x {height} pixels; up to {MAX_PIXELS:,} pixels{together} are accepted, and up to "
-                f"{MAX_SIDE:,} a side"
+                f"expected at most {MAX_PIXELS:,} pixels{together} and at most {MAX_SIDE:,} a side, got an image of {width} x "
+                f"{height} pixels"
             )
         self.pixels_left -= width * height
 
@@ -106,8 +105,7 @@ class DecodingBudget:
         """
         if count > self.steps_left:
             raise ImageTooLarge(
-                "got image files of too many chunks, segments, tags or progressive bytes; files as encoders write them are "
-                "accepted"
+                "expected image files as encoders write them, got files of too many chunks, segments, tags or progressive bytes"
             )
         self.steps_left -= count
 
@@ -135,7 +133,7 @@ class _CountedFile(BytesIO):
         """
         self._budget.take_steps(1)
         if size is not None and size > self._most_bytes:
-            raise UnreadableImage(f"got a TIFF with a tag of more than {MAX_TAG_BYTES:,} bytes; up to that are accepted")
+            raise UnreadableImage(f"expected tags of at most {MAX_TAG_BYTES:,} bytes in a TIFF, got a longer one")
         return super().read(size)
 
 
@@ -155,7 +153,7 @@ def decode_image(content: bytes, budget: DecodingBudget | None = None) -> Decode
         if plain is not None:
             return plain
     if content.count(JPEG_SCAN_MARKER) > MAX_JPEG_SCANS and content.startswith(b"\xff\xd8"):
-        raise UnreadableImage(f"got a JPEG of more than {MAX_JPEG_SCANS} scans; up to that are accepted")
+        raise UnreadableImage(f"expected a JPEG of at most {MAX_JPEG_SCANS} scans, got more")
     budget.take_steps(_steps_of_parts(content))
     try:
         with (
@@ -164,22 +162,21 @@ def decode_image(content: bytes, budget: DecodingBudget | None = None) -> Decode
         ):
             budget.take_pixels(*image.size)
             if image.info.get("compression") in SLOW_COMPRESSIONS:
-                raise UnreadableImage("got a BMP of run lengths or a TIFF with LZMA compression; other compressions are accepted")
+                raise UnreadableImage("expected another compression, got a BMP of run lengths or a TIFF with LZMA")
             budget.take_steps(_steps_of_data(image, content))
             image.draft("L", None)  # of a JPEG, which stores brightness apart from colour: decode no colour
             return DecodedImage(_grey(image), source=f"{image.format} image")
     except ClientError:
         raise
     except Image.DecompressionBombError as error:
-        raise ImageTooLarge(f"got an image that decodes to too many pixels; up to {MAX_PIXELS:,} are accepted") from error
+        raise ImageTooLarge(f"expected at most {MAX_PIXELS:,} pixels, got an image that decodes to more") from error
     except UnidentifiedImageError as error:
         raise UnreadableImage(
-            f"got {len(content):,} bytes that are no image; accepted formats: {', '.join(ACCEPTED_FORMATS)}"
+            f"expected an image file ({', '.join(ACCEPTED_FORMATS)}), got {len(content):,} bytes of something else"
         ) from error
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         raise UnreadableImage(
-            f"got {len(content):,} bytes of a damaged or truncated image; whole files are accepted, of the formats "
-            f"{', '.join(ACCEPTED_FORMATS)}"
+            f"expected a whole image file ({', '.join(ACCEPTED_FORMATS)}), got {len(content):,} bytes of a damaged one"
         ) from error
 
 
@@ -252,46 +249,3 @@ def _lay_over_paper(image: Image.Image) -> Image.Image:
     brightness = float((levels * alpha).sum()) / (255 * drawn) if drawn else 0.0
     paper = Image.new("L", image.size, "black" if brightness > 0.5 and alpha.min() == 0 else "white")
     return Image.composite(image.getchannel("L"), paper, image.getchannel("A"))
-
-
-def decode_numbers(rows: list[Any], height: int, width: int) -> DecodedImage:
-    """Check nested numbers and make them intensities: integers are 0-255; where there is a float, all are 0-1.
-
-    Args:
-        rows: `height` lists of `width` numbers each.
-    Raises:
-        WrongShape: the lists have another shape.
-        InvalidPixel: a value is no number, NaN, infinite or out of range.
-    """
-    if len(rows) != height or any(not isinstance(row, list) or len(row) != width for row in rows):
-        raise WrongShape(f"got numbers of shape {_describe_shape(rows)}; ({height}, {width}) is accepted")
-    kinds = {kind for row in rows for kind in set(map(type, row))}
-    if not kinds <= {int, float}:
-        odd = next(value for row in rows for value in row if type(value) not in (int, float))
-        raise InvalidPixel(f"got {shown(odd)} among the pixels; numbers are accepted")
-    limit, source = (1, "floats 0-1") if float in kinds else (255, "integers 0-255")
-    values = _as_floats(rows)
-    if not np.all((values >= 0) & (values <= limit)):  # false for NaN as well
-        y, x = next(place for place in np.ndindex(height, width) if not 0 <= rows[place[0]][place[1]] <= limit)
-        raise InvalidPixel(
-            f"got {shown(rows[y][x])} at row {y}, column {x}; integers from 0 to 255, or floats from 0.0 to 1.0, are accepted"
-        )
-    return DecodedImage(values.astype(np.float32) / np.float32(limit), source, is_canonical=True)
-
-
-def _as_floats(rows: list[Any]) -> NDArray[np.float64]:
-    try:
-        return np.array(rows, dtype=np.float64)
-    except OverflowError:  # an integer of more than 300 digits
-        return np.full((len(rows), len(rows[0])), np.nan)
-
-
-def _describe_shape(value: object) -> str:
-    """Render the shape of nested lists, "ragged" where their lengths differ."""
-    shape: list[str] = []
-    level = [value]
-    while level and len(shape) < 5 and all(isinstance(member, list) for member in level):
-        lengths = {len(member) for member in level if isinstance(member, list)}
-        shape.append(str(lengths.pop()) if len(lengths) == 1 else "ragged")
-        level = list(itertools.islice(itertools.chain.from_iterable(m for m in level if isinstance(m, list)), 10_000))
-    return f"({', '.join(shape)})"

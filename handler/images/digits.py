@@ -5,7 +5,7 @@ What MNIST's makers did, for images that are less clean: find the ink, whatever 
 files, of HTTP or of TorchServe.
 
 Everything that is looked for (where the ink is, how bright the paper, which way round) is looked for in a small copy of it.
-What comes out is one affine map of the image's grey levels, `Preparation`, whose transpose carries gradients back.
+What comes out is one affine map of the image's grey levels, `PreparedImage`, whose transpose carries gradients back.
 """
 
 import contextlib
@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from scipy import ndimage, sparse
 
 from handler.errors import BlankImage
-
-Array = NDArray[np.float32]
+from handler.images.preparation import Array, PreparedImage, leave_unchanged, resample
 
 INK_SHARE = 20 / 28  # longer side of the ink, as a share of the network's image, as in MNIST
 CENTRE_SHARE = 14.5 / 28  # where MNIST's makers put the centre of mass: the middle of pixel 14
@@ -49,74 +48,7 @@ CLEARANCE = 1.5  # pixels of the network's image around the ink that still count
 FULL_INK_PERCENTILE = 70  # of the ink's intensities becomes 1, as most of MNIST's ink is
 
 
-@dataclass(frozen=True, slots=True)
-class Preparation:
-    """What is done to an image, as one affine map: pixels = slope * rows @ grey @ columns.T + offset.
-
-    Attributes:
-        rows: float32 (h, H), resampling and placement along y.
-        columns: float32 (w, W), along x.
-        slope: intensity per unit of grey; negative where the image is inverted.
-        offset: float32 (h, w): the paper's level, and all that cleaning and clipping changed at this image.
-        pixels: float32 (h, w): the prepared image, intensity in [0, 1].
-        steps: what was done, in words and in order; empty where the image was canonical already.
-        ink_box: left, top, right, bottom of the ink, in pixels of the image; None where it was not looked for.
-        threshold: contrast to the paper, 0-1, from which a pixel was taken for ink; None likewise.
-    """
-
-    rows: Array
-    columns: Array
-    slope: float
-    offset: Array
-    pixels: Array
-    steps: tuple[str, ...]
-    ink_box: tuple[int, int, int, int] | None = None
-    threshold: float | None = None
-
-    @property
-    def inverted(self) -> bool:
-        """Whether dark ink was made bright."""
-        return self.slope < 0
-
-    def apply(self, grey: Array) -> Array:
-        """Prepare an image: (H, W) grey levels -> (h, w) intensities, with everything but the grey levels held fixed."""
-        return np.asarray(np.float32(self.slope) * (self.rows @ grey @ self.columns.T) + self.offset, dtype=np.float32)
-
-    def pull_back(self, gradient: Array) -> Array:
-        """Carry gradients by the network's pixels back to the image's grey levels: (..., h, w) -> (..., H, W).
-
-        The chain rule through resampling, placement and inversion. Geometry, stretch, the paper's level and what was cleaned
-        away are held fixed.
-        """
-        return np.asarray(np.float32(self.slope) * (self.rows.T @ gradient @ self.columns), dtype=np.float32)
-
-
-def prepare_nothing(grey: Array) -> Preparation:
-    """An image that is canonical already: it goes to the network bit for bit."""
-    rows, columns, offset = _identity(*grey.shape)
-    return Preparation(rows, columns, slope=1.0, offset=offset, pixels=grey, steps=())
-
-
-@functools.lru_cache(maxsize=16)
-def _identity(height: int, width: int) -> tuple[Array, Array, Array]:
-    """Rows, columns and offset of the map that changes nothing; all requests share them."""
-    parts = np.eye(height, dtype=np.float32), np.eye(width, dtype=np.float32), np.zeros((height, width), dtype=np.float32)
-    for part in parts:
-        part.flags.writeable = False
-    return parts
-
-
-def prepare_scaling(grey: Array, height: int, width: int) -> Preparation:
-    """Scale an image to the network's size, and nothing else."""
-    if grey.shape == (height, width):
-        return prepare_nothing(grey)
-    rows, columns = _resample(grey.shape[0], 0, grey.shape[0], height), _resample(grey.shape[1], 0, grey.shape[1], width)
-    step = f"scaled from {grey.shape[1]}x{grey.shape[0]} to {width}x{height}"
-    pixels: Array = np.clip(sparse.csr_array(rows) @ grey @ columns.T, 0, 1)  # rounding may leave the range
-    return Preparation(rows, columns, slope=1.0, offset=np.zeros_like(pixels), pixels=pixels, steps=(step,))
-
-
-def prepare(grey: Array, height: int, width: int) -> Preparation:
+def prepare_digit(grey: Array, height: int, width: int, source: str = "pixels") -> PreparedImage:
     """Find the digit in an image and make it what the network knows.
 
     Args:
@@ -128,9 +60,9 @@ def prepare(grey: Array, height: int, width: int) -> Preparation:
         BlankImage: there is no ink.
     """
     if _is_canonical(grey, height, width):
-        return prepare_nothing(grey)
+        return leave_unchanged(grey, source)
     if _is_canonical(1 - grey, height, width) and _margin(grey).min() > CLEAN_PAPER:
-        nothing = prepare_nothing(1 - grey)
+        nothing = leave_unchanged(1 - grey, source)
         return replace(nothing, slope=-1.0, offset=np.ones_like(grey), steps=("inverted",))
     view = _View.of(grey)
     ink = _find_ink(view)
@@ -138,7 +70,7 @@ def prepare(grey: Array, height: int, width: int) -> Preparation:
         close_up = _View.of(grey, view.region_around(ink.box))
         with contextlib.suppress(BlankImage):  # what looked like ink from afar may dissolve; then it stays as it was seen
             view, ink = close_up, _find_ink(close_up)
-    return _place(view, ink, height, width)
+    return _place(view, ink, height, width, source)
 
 
 def _is_canonical(grey: Array, height: int, width: int) -> bool:
@@ -147,7 +79,7 @@ def _is_canonical(grey: Array, height: int, width: int) -> bool:
         return False
     dark = np.count_nonzero(grey < 0.5)
     if dark in (0, grey.size) and not (grey != grey[0, 0]).any():
-        raise BlankImage("got an image of one single grey level; a digit that differs from its paper is accepted")
+        raise BlankImage("expected a digit that differs from its paper, got an image of one single grey level")
     if dark * 2 <= grey.size:
         return False
     margin = _margin(grey)
@@ -186,8 +118,8 @@ class _View:
         left, top, right, bottom = region or (0.0, 0.0, float(grey.shape[1]), float(grey.shape[0]))
         longer = max(right - left, bottom - top)
         scale = min(max(longer, SMALLEST_WORKING_SIZE), WORKING_SIZE) / longer
-        rows = _resample(grey.shape[0], top, bottom, max(2, round((bottom - top) * scale)))
-        columns = _resample(grey.shape[1], left, right, max(2, round((right - left) * scale)))
+        rows = resample(grey.shape[0], top, bottom, max(2, round((bottom - top) * scale)))
+        columns = resample(grey.shape[1], left, right, max(2, round((right - left) * scale)))
         working = np.asarray(sparse.csr_array(rows) @ grey @ columns.T, dtype=np.float32)  # nearly all of `rows` is zero
         return cls(rows, columns, working, (left, top, right, bottom))
 
@@ -271,9 +203,7 @@ def _find_ink_with(working: Array, smooth: Array, sign: int, window: float) -> _
     noise = float(np.quantile(np.abs(difference), 0.3)) / 0.385  # standard deviation, were it Gaussian; ink may cover two thirds
     strongest = float(np.sort(difference, axis=None)[-max(4, difference.size // 400) :].mean())
     if strongest < min(max(MIN_CONTRAST, MIN_CONTRAST_TO_NOISE * noise), CLEAR_CONTRAST):
-        raise BlankImage(
-            f"got an image without ink: its contrast is {max(strongest, 0):.3f} of the grey scale; a digit is accepted"
-        )
+        raise BlankImage(f"expected a digit, got an image without ink: its contrast is {max(strongest, 0):.3f} of the grey scale")
     weak = difference > WEAK_INK * strongest
     linked = ndimage.binary_dilation(weak, iterations=max(1, round(LINK_SHARE * max(weak.shape))))
     pieces, count = ndimage.label(linked, structure=np.ones((3, 3)))
@@ -336,11 +266,11 @@ def _digit_pieces(pieces: NDArray[np.int32], count: int) -> NDArray[np.bool_]:
     return np.asarray(chosen[pieces])
 
 
-def _place(view: _View, ink: _Ink, height: int, width: int) -> Preparation:
+def _place(view: _View, ink: _Ink, height: int, width: int, source: str) -> PreparedImage:
     """Fit the ink into the network's image, as MNIST's makers did."""
     full = float(np.percentile(ink.contrast[ink.mask], FULL_INK_PERCENTILE))
     if full <= 0:
-        raise BlankImage("got an image whose ink is no different from its paper; a digit is accepted")
+        raise BlankImage("expected a digit, got an image whose ink is no different from its paper")
     strokes, drawn = _draw(ink, full, INK_SHARE * min(height, width))
     ys, xs = np.nonzero(drawn)
     scale = INK_SHARE * min(height, width) / _extent(drawn)  # pixels of the network's image in one of the working copy
@@ -362,7 +292,7 @@ def _place(view: _View, ink: _Ink, height: int, width: int) -> Preparation:
     steps.append(f"scaled its {right - left:.0f}x{bottom - top:.0f} pixels to {INK_SHARE * min(height, width):.0f}")
     steps += ["centred by its mass", f"stretched its contrast by {gain:.2f}"]
     box = (int(np.floor(left)), int(np.floor(top)), int(np.ceil(right)), int(np.ceil(bottom)))
-    return Preparation(rows, columns, slope, offset, pixels, tuple(steps), box, round(ink.threshold, 4))
+    return PreparedImage(rows, columns, slope, offset, pixels, tuple(steps), box, round(ink.threshold, 4), source)
 
 
 def _draw(ink: _Ink, full: float, size: float) -> tuple[Array, NDArray[np.bool_]]:
@@ -403,13 +333,3 @@ def _placement(source: int, start: int, stop: int, centre: float, scale: float, 
     reach = max(1 / scale, 1.0)
     distances = np.abs(np.arange(source)[None, :] + 0.5 - wanted[:, None])
     return np.asarray(np.clip(1 - distances / reach, 0, None) / reach, dtype=np.float32)
-
-
-def _resample(source: int, start: float, stop: float, target: int) -> Array:
-    """Weights (target, source) that resample a part of a line: linear, with antialiasing where it shrinks. Rows sum to 1."""
-    scale = (stop - start) / target
-    reach = max(scale, 1.0)  # half width of the triangle filter, in source pixels
-    wanted = start + (np.arange(target) + 0.5) * scale
-    distances = np.abs(np.arange(source)[None, :] + 0.5 - wanted[:, None])
-    weights = np.clip(1 - distances / reach, 0, None)
-    return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32)

@@ -3,13 +3,13 @@
 from importlib.metadata import version
 from typing import Any
 
-from handler.gradients.methods import METHODS, PARAMETERS, Method
+from handler.gradients.methods import METHODS
 from handler.images.arrays import NUMPY_TYPES
 from handler.images.decode import ACCEPTED_FORMATS
 from handler.limits import MAX_GRADIENTS, MAX_IMAGE_MAP_NUMBERS, MAX_IMAGES, MAX_MAPS, MAX_PIXELS, MAX_PREPARED_IMAGES
 from handler.protocol.kserve import BYTES, EXPLANATION_OUTPUTS, PREDICTION_OUTPUTS
-from handler.protocol.request import HEADER_PREFIX, OPTION_PARSERS, STYLE_OPTIONS, Options, Prepare, ReplyFormat, Targets
-from handler.render.drawing import Style
+from handler.protocol.options import OPTIONS, accepted_values, header_of
+from handler.protocol.request import ReplyFormat
 
 VERSIONS_OF = ("torch", "torchserve", "numpy", "scipy", "pillow")
 
@@ -31,11 +31,11 @@ def describe_service(model: dict[str, str], height: int, width: int, class_count
         "tensor_datatypes": [BYTES, *NUMPY_TYPES],
         "options": {
             name: {
-                "accepted": parser.accepted(class_count),
-                "default": _default_of(name),
-                "header": HEADER_PREFIX + name.replace("_", "-"),
+                "accepted": accepted_values(option.values, class_count),
+                "default": option.default,
+                "header": header_of(name),
             }
-            for name, parser in OPTION_PARSERS.items()
+            for name, option in OPTIONS.items()
         },
         "methods": {
             name: {
@@ -57,18 +57,3 @@ def describe_service(model: dict[str, str], height: int, width: int, class_count
         },
         "versions": {package: version(package) for package in VERSIONS_OF},
     }
-
-
-def _default_of(name: str) -> object:
-    """An option's default, in the form in which a client would send it."""
-    if name in PARAMETERS:
-        return PARAMETERS[name].default
-    default = getattr(Style() if name in STYLE_OPTIONS else Options(), name)
-    if default is None:  # of `prepare`: it depends on the form of the image, and for images is this
-        return Prepare.AUTO
-    if isinstance(default, Method):
-        return default.name
-    if not isinstance(default, Targets):
-        return default
-    classes = ["predicted" if target is None else target for target in default.classes]
-    return classes if default.several else classes[0]

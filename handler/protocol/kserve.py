@@ -61,7 +61,7 @@ def split_instances(body: Mapping[str, object]) -> tuple[dict[str, object], list
     """
     instances = body[INSTANCES]
     if not isinstance(instances, list):
-        raise InvalidRequest(f"got {shown(instances)} as '{INSTANCES}'; a list of images is accepted")
+        raise InvalidRequest(f"expected a list of images as '{INSTANCES}', got {shown(instances)}")
     require_image_count(len(instances))
     return _shared_options(body, {INSTANCES}), [_fields_of(instance) for instance in instances]
 
@@ -84,7 +84,7 @@ def _shared_options(body: Mapping[str, object], own_fields: Collection[str]) -> 
 def _join_options(options: dict[str, object], more: dict[str, object]) -> dict[str, object]:
     twice = sorted(options.keys() & more.keys())
     if twice:
-        raise InvalidRequest(f"got the options {shown(', '.join(twice))} in two places; one place each is accepted")
+        raise InvalidRequest(f"expected each option in one place, got {shown(', '.join(twice))} in two")
     return options | more
 
 
@@ -92,7 +92,7 @@ def _object_or_none(value: object, name: str) -> dict[str, object]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise InvalidRequest(f"got {shown(value)} as {name!r}; a JSON object is accepted")
+        raise InvalidRequest(f"expected a JSON object as {name!r}, got {shown(value)}")
     return value
 
 
@@ -111,7 +111,7 @@ def read_infer_body(body: Mapping[str, object]) -> InferBody:
     inputs = body[INPUTS]
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         got = f"{len(inputs)} inputs" if isinstance(inputs, list) and len(inputs) != 1 else f"{shown(inputs)} as '{INPUTS}'"
-        raise InvalidRequest(f"got {got}; a list of one tensor is accepted: several images are its first dimension")
+        raise InvalidRequest(f"expected a list of one tensor, whose first dimension is the images, got {got}")
     tensor: dict[str, object] = inputs[0]
     options = _join_options(
         _without_binary_flag(_shared_options(body, {INPUTS, "id", "outputs"}), "binary_data_output"),
@@ -125,21 +125,21 @@ def _read_input(tensor: Mapping[str, object]) -> Tensor | list[str | ClientError
     unknown = sorted(tensor.keys() - {"name", "shape", "datatype", "data", "parameters"})
     if missing or unknown:
         what = f"without {', '.join(missing)}" if missing else f"with {shown(', '.join(unknown))}"
-        raise InvalidRequest(f"got an input {what}; accepted are name, shape, datatype, data and, optionally, parameters")
+        raise InvalidRequest(f"expected name, shape, datatype, data and, optionally, parameters in an input, got one {what}")
     datatype, shape, data = tensor["datatype"], tensor["shape"], tensor["data"]
     if not isinstance(datatype, str) or datatype not in (BYTES, *NUMPY_TYPES):
-        raise InvalidRequest(f"got {shown(datatype)} as 'datatype'; accepted: {', '.join((BYTES, *NUMPY_TYPES))}")
+        raise InvalidRequest(f"expected one of {', '.join((BYTES, *NUMPY_TYPES))} as 'datatype', got {shown(datatype)}")
     if not isinstance(shape, list) or not all(type(length) is int for length in shape):
-        raise InvalidRequest(f"got {shown(shape)} as 'shape'; a list of integers is accepted")
+        raise InvalidRequest(f"expected a list of integers as 'shape', got {shown(shape)}")
     if not isinstance(data, list):
-        raise InvalidRequest(f"got {shown(data)} as 'data'; a list is accepted")
+        raise InvalidRequest(f"expected a list as 'data', got {shown(data)}")
     if datatype != BYTES:
         return Tensor(datatype, tuple(shape), data)
     if len(shape) != 1 or shape[0] not in (-1, len(data)):
-        raise WrongShape(f"got shape {shown(shape)} for {len(data)} {BYTES}; [{len(data)}] or [-1] is accepted")
+        raise WrongShape(f"expected shape [{len(data)}] or [-1] for {len(data)} {BYTES}, got {shown(shape)}")
     require_image_count(len(data))
     return [
-        element if isinstance(element, str) else InvalidRequest(f"got {shown(element)} as {BYTES}; a base64 text is accepted")
+        element if isinstance(element, str) else InvalidRequest(f"expected base64 text as {BYTES}, got {shown(element)}")
         for element in data
     ]
 
@@ -148,7 +148,7 @@ def _read_id(value: object) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str) or len(value) > MAX_ID_CHARACTERS or not _is_unicode(value):
-        raise InvalidRequest(f"got {shown(value)} as 'id'; a text of up to {MAX_ID_CHARACTERS} characters is accepted")
+        raise InvalidRequest(f"expected a text of at most {MAX_ID_CHARACTERS} characters as 'id', got {shown(value)}")
     return value
 
 
@@ -166,16 +166,16 @@ def _read_outputs(value: object) -> tuple[str, ...]:
         return ()
     accepted = PREDICTION_OUTPUTS + EXPLANATION_OUTPUTS
     if not isinstance(value, list) or not all(isinstance(output, dict) for output in value):
-        raise InvalidRequest(f"got {shown(value)} as 'outputs'; a list of {{\"name\": ...}} is accepted")
+        raise InvalidRequest(f"expected a list of {{\"name\": ...}} as 'outputs', got {shown(value)}")
     names: dict[str, None] = {}  # in order, each once
     for output in value:
         name = output.get("name")
         if name not in accepted:
-            raise InvalidRequest(f"got the output {shown(name)}; accepted: {', '.join(accepted)}")
+            raise InvalidRequest(f"expected one of the outputs {', '.join(accepted)}, got {shown(name)}")
         unknown = output.keys() - {"name", "parameters"}
         unknown |= _without_binary_flag(_object_or_none(output.get("parameters"), "parameters"), "binary_data").keys()
         if unknown:
-            raise InvalidRequest(f"got {shown(', '.join(sorted(unknown)))} for the output {name!r}; its name alone is accepted")
+            raise InvalidRequest(f"expected the name alone of the output {name!r}, got {shown(', '.join(sorted(unknown)))}")
         names[name] = None
     return tuple(names)
 

@@ -14,31 +14,19 @@ import orjson
 from numpy.typing import NDArray
 
 from handler.errors import Overloaded, RequestTooLarge, ServiceError, WrongShape
+from handler.gradients.explain import Explanation
+from handler.images.preparation import PreparedImage
 from handler.limits import MAX_BATCH_BYTES, MAX_HEADER_IMAGES
 from handler.protocol.kserve import BYTES, EXPLANATION_OUTPUTS, GAP_OUTPUT, PREDICTION_OUTPUTS, Infer
-from handler.protocol.request import Encoding, Options, ReplyFormat, Space
+from handler.protocol.options import Encoding, Options, Space
+from handler.protocol.request import ReplyFormat
 from handler.render.drawing import Row, draw
 
 WITH_RESPECT_TO = {
     Space.CANONICAL: "pixel intensity in [0, 1]",
     Space.IMAGE: "grey level in [0, 1] of the image as sent",
 }
-HELD_FIXED = "geometry, stretch, the paper's level, what cleaning changed"  # while the image's own grey levels vary
-
-
-@dataclass(frozen=True, slots=True)
-class Maps:
-    """Saliency maps of one image.
-
-    Attributes:
-        classes: what each map explains.
-        saliency: float32 (len(classes), H, W), signed; by the gradient, logit per unit of intensity.
-        gaps: float64 (len(classes),), where the method has completeness gaps.
-    """
-
-    classes: tuple[int, ...]
-    saliency: NDArray[np.float32]
-    gaps: NDArray[np.floating] | None = None
+TREATED_AS_CONSTANT = "geometry, stretch, the paper's level, what cleaning changed"  # while the image's own grey levels vary
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +35,18 @@ class Result:
 
     Attributes:
         options: what was asked about it.
+        image: as the network got it.
         logits: float32 (K,).
-        probabilities: float64 (K,), as of `probabilities_of`.
-        maps: the explanation, where it was asked for.
-        preparation: what was done to the image before, for the reply.
-        image: float32 (H, W) in [0, 1], the pixels that the maps are of.
+        probabilities: float64 (K,), their softmax.
+        explanation: its saliency maps (T, H, W), where it was asked for, in the pixels that were asked for: the network's, or
+            the image's as it was sent.
     """
 
     options: Options
+    image: PreparedImage
     logits: NDArray[np.float32]
     probabilities: NDArray[np.float64]
-    maps: Maps | None
-    preparation: dict[str, Any]
-    image: NDArray[np.float32]
+    explanation: Explanation | None = None
 
     @property
     def digit(self) -> int:
@@ -67,23 +54,24 @@ class Result:
         return int(self.logits.argmax())
 
     @property
-    def saliency(self) -> NDArray[np.float32]:
+    def saliency(self) -> NDArray[np.floating]:
         """The maps as they are sent: float32 (H, W), or (T, H, W) where a list of targets was asked for."""
-        assert self.maps is not None
-        return self.maps.saliency if self.options.target.several else self.maps.saliency[0]
+        assert self.explanation is not None
+        return self.explanation.maps if self.options.target.several else self.explanation.maps[0]
 
     @property
     def target(self) -> int | list[int]:
         """What the maps explain: a class, or a list where one was asked for."""
-        assert self.maps is not None
-        return list(self.maps.classes) if self.options.target.several else self.maps.classes[0]
+        assert self.explanation is not None
+        return list(self.explanation.classes) if self.options.target.several else self.explanation.classes[0]
 
     @property
-    def gap(self) -> float | list[float]:
-        """The completeness gap of each map, in the form of `target`."""
-        assert self.maps is not None
-        assert self.maps.gaps is not None
-        return self.maps.gaps.tolist() if self.options.target.several else float(self.maps.gaps[0])
+    def convergence_delta(self) -> float | list[float]:
+        """The convergence delta of each map, in the form of `target`."""
+        assert self.explanation is not None
+        assert self.explanation.convergence_deltas is not None
+        deltas = self.explanation.convergence_deltas
+        return deltas.tolist() if self.options.target.several else float(deltas[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,19 +149,15 @@ def fit_batch(replies: Sequence[Reply], max_bytes: int = MAX_BATCH_BYTES) -> lis
             break
         own_size = len(fitted[index].body)
         error: ServiceError = Overloaded(
-            f"got many large requests at once; this one's reply has {own_size:,} bytes: send it again, or ask for less"
+            f"server overloaded by large replies, of which this request's has {own_size:,} bytes: retry, or ask for less"
         )
         if own_size > max_bytes:  # by itself, then and later
-            error = RequestTooLarge(f"got a request whose reply has {own_size:,} bytes; up to {max_bytes:,} are sent")
+            error = RequestTooLarge(
+                f"expected a reply of at most {max_bytes:,} bytes, got a request whose reply has {own_size:,}"
+            )
         fitted[index] = render_error(error)
         size += len(fitted[index].body) - own_size
     return fitted
-
-
-def probabilities_of(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Softmax, in float64: (..., K) probabilities of (..., K) logits."""
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
 def _describe(result: Result, model: dict[str, str]) -> dict[str, Any]:
@@ -185,9 +169,9 @@ def _describe(result: Result, model: dict[str, str]) -> dict[str, Any]:
         "probabilities": result.probabilities,
         "logits": result.logits,
     }
-    if result.maps is not None:
+    if result.explanation is not None:
         content["explanation"] = _describe_maps(result)
-    content["preparation"] = result.preparation
+    content["preparation"] = result.image.describe()
     content["model"] = model
     return content
 
@@ -202,9 +186,9 @@ def _describe_maps(result: Result) -> dict[str, Any]:
         "target": result.target,
         "target_source": _target_source(options),
         "with_respect_to": WITH_RESPECT_TO[options.space],
-        **({"held_fixed": HELD_FIXED} if options.space is Space.IMAGE else {}),
+        **({"held_fixed": TREATED_AS_CONSTANT} if options.space is Space.IMAGE else {}),
         "space": options.space,
-        **({GAP_OUTPUT: result.gap} if options.method.has_gap else {}),
+        **({GAP_OUTPUT: result.convergence_delta} if options.method.has_convergence_delta else {}),
         "shape": saliency.shape,
         "dtype": _name_of(saliency.dtype),
         "encoding": options.encoding,
@@ -222,7 +206,7 @@ def _target_source(options: Options) -> str:
     return "predicted" if all(target is None for target in options.target.classes) else "request"
 
 
-def _base64_of(saliency: NDArray[np.float32]) -> str:
+def _base64_of(saliency: NDArray[np.floating]) -> str:
     return base64.b64encode(_little_endian(saliency)).decode()
 
 
@@ -239,14 +223,16 @@ def _describe_list(results: Sequence[Result], model: dict[str, str]) -> dict[str
 def _describe_tensors(results: Sequence[Result], model: dict[str, str], infer: Infer) -> dict[str, Any]:
     """Say it in the form of the Open Inference Protocol v2: named tensors, whose data are flat."""
     options = results[0].options  # one for all, in this protocol
-    explained = results[0].maps is not None
+    explained = results[0].explanation is not None
     parameters: dict[str, Any] = {"weights_sha256": model["weights_sha256"]}
     if explained:
         method = options.method
         parameters |= {"method": method.name, **method.values, "output": method.output}
         parameters |= {"target_source": _target_source(options)}
         parameters |= {"with_respect_to": WITH_RESPECT_TO[options.space], "space": options.space}
-    own_outputs = [name for name in EXPLANATION_OUTPUTS if name != GAP_OUTPUT or options.method.has_gap] if explained else []
+    own_outputs = (
+        [name for name in EXPLANATION_OUTPUTS if name != GAP_OUTPUT or options.method.has_convergence_delta] if explained else []
+    )
     names = infer.outputs or [*PREDICTION_OUTPUTS, *own_outputs]
     return {
         "model_name": model["name"],
@@ -267,11 +253,11 @@ def _tensor(name: str, results: Sequence[Result]) -> dict[str, Any]:
     return {"name": name, "datatype": datatype, "shape": values.shape, "data": values.ravel()}
 
 
-def _stack_maps(results: Sequence[Result]) -> NDArray[np.float32]:
+def _stack_maps(results: Sequence[Result]) -> NDArray[np.floating]:
     """Put the maps of all images into one array: float32 (N, H, W) or (N, T, H, W)."""
     shapes = {result.saliency.shape for result in results}
     if len(shapes) > 1:
-        raise WrongShape(f"got images whose maps have the shapes {sorted(shapes)}; for one array, one shape is accepted")
+        raise WrongShape(f"expected maps of one shape for one array, got {sorted(shapes)}")
     return np.stack([result.saliency for result in results])
 
 
@@ -286,11 +272,14 @@ _OUTPUT_MAKERS: dict[str, tuple[Callable[[Sequence[Result]], NDArray[Any]], str]
     "logits": (lambda results: np.stack([result.logits for result in results]), "FP32"),  # (N, K)
     "target": (lambda results: np.array([result.target for result in results], dtype=np.int64), "INT64"),  # (N,) or (N, T)
     "saliency": (_stack_maps, "FP32"),  # (N, H, W) or (N, T, H, W)
-    GAP_OUTPUT: (lambda results: np.array([result.gap for result in results], dtype=np.float32), "FP32"),  # (N,) or (N, T)
+    GAP_OUTPUT: (
+        lambda results: np.array([result.convergence_delta for result in results], dtype=np.float32),
+        "FP32",
+    ),  # (N,) or (N, T)
 }
 
 
-def _little_endian(saliency: NDArray[np.float32]) -> bytes:
+def _little_endian(saliency: NDArray[np.floating]) -> bytes:
     return saliency.astype("<f4").tobytes()
 
 
@@ -302,8 +291,17 @@ def _render_npy(results: Sequence[Result], *, listed: bool) -> Reply:
 
 
 def _render_png(results: Sequence[Result]) -> Reply:
-    rows = [Row(result.image, result.maps.saliency, result.maps.classes) for result in results if result.maps is not None]
+    rows = [
+        Row(_image_of_maps(result.image), result.explanation.maps, result.explanation.classes)
+        for result in results
+        if result.explanation is not None
+    ]
     return Reply(HTTPStatus.OK, ReplyFormat.PNG, draw(rows, results[0].options.style), _map_headers(results))
+
+
+def _image_of_maps(image: PreparedImage) -> NDArray[np.float32]:
+    """The pixels that the maps are of: float32 (H, W) in [0, 1]."""
+    return image.pixels if image.sent is None else image.sent
 
 
 def _map_headers(results: Sequence[Result]) -> dict[str, str]:
@@ -317,9 +315,12 @@ def _map_headers(results: Sequence[Result]) -> dict[str, str]:
     }
     if len(methods) <= MAX_HEADER_IMAGES:
         headers["X-Saliency-Method"] = ";".join(methods)
-    gaps = [np.atleast_1d(result.gap).tolist() if result.options.method.has_gap else [] for result in results]
-    if any(gaps) and sum(map(len, gaps)) <= MAX_HEADER_IMAGES:
-        headers["X-Saliency-Completeness-Gap"] = ";".join(",".join(map(repr, own)) for own in gaps)
+    deltas = [
+        np.atleast_1d(result.convergence_delta).tolist() if result.options.method.has_convergence_delta else []
+        for result in results
+    ]
+    if any(deltas) and sum(map(len, deltas)) <= MAX_HEADER_IMAGES:
+        headers["X-Saliency-Completeness-Gap"] = ";".join(",".join(map(repr, own)) for own in deltas)
     if len(results) <= MAX_HEADER_IMAGES:
         headers |= {
             "X-Digit": ";".join(str(result.digit) for result in results),

@@ -96,8 +96,8 @@ class Style:
     def __post_init__(self) -> None:
         if self.polarity is Polarity.SIGNED and self.colormap not in DIVERGING:
             raise InvalidOption(
-                f"got 'colormap' {self.colormap} with 'polarity' {self.polarity}; accepted for signed numbers: "
-                f"{', '.join(DIVERGING)}; or another 'polarity': {', '.join(list(Polarity)[1:])}"
+                f"expected one of {', '.join(DIVERGING)} as 'colormap' with 'polarity' {self.polarity}, got {self.colormap}; or "
+                f"choose another 'polarity': {', '.join(list(Polarity)[1:])}"
             )
 
 
@@ -140,8 +140,8 @@ def draw(rows: Sequence[Row], style: Style) -> bytes:
     pixel_count = max(widths) * sum(heights)
     if pixel_count > MAX_PIXELS_DRAWN:
         raise InvalidOption(
-            f"got 'size' {style.size}, with which the drawing would have about {pixel_count:,} pixels; "
-            f"up to {MAX_PIXELS_DRAWN:,} are accepted"
+            f"expected a drawing of at most {MAX_PIXELS_DRAWN:,} pixels, got 'size' {style.size}, with which it would have about "
+            f"{pixel_count:,}"
         )
     if labelled:
         lines = [_draw_row(row, style, lettering) for row in rows]

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from handler.errors import ServiceError
 from handler.gradients.explain import Differentiable
-from handler.gradients.methods import METHODS
-from handler.preparation import Prepared
+from handler.gradients.methods import METHODS, softmax
+from handler.preprocess import PreparedRequest
 from handler.protocol.reply import Reply
 
 INTERVAL_S = 1.0  # between what happened and its counts, at most
@@ -96,7 +96,7 @@ class Answer(NamedTuple):
     error: str | None
 
 
-def answer_of(asked: Prepared | None, reply: Reply, *, explain_route: bool) -> Answer:
+def answer_of(asked: PreparedRequest | None, reply: Reply, *, explain_route: bool) -> Answer:
     """Say what is counted of one request.
 
     Args:
@@ -105,7 +105,7 @@ def answer_of(asked: Prepared | None, reply: Reply, *, explain_route: bool) -> A
         explain_route: whether it came in by a route that explains.
     """
     if asked is not None:
-        methods = {question.options.method.name for question in asked.questions if question.options.explain}
+        methods = {options.method.name for options in asked.options if options.explain}
         kind = Kind.EXPLANATION if methods else Kind.PREDICTION
         method = SEVERAL_METHODS if len(methods) > 1 else methods.pop() if methods else NO_METHOD
     elif reply.error is None:
@@ -259,8 +259,7 @@ def add_up(batches: Iterable[Batch]) -> Counter[Series]:
         scores = np.concatenate(logits)  # (N, K)
         for index, count in enumerate(np.bincount(scores.argmax(axis=1)).tolist()):
             counts["saliency_pictures_total", (str(index),)] += count
-        exponentials = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
-        _add_histogram(counts, "saliency_confidence", (), CONFIDENCE_BOUNDS, 1 / exponentials.sum(axis=1))
+        _add_histogram(counts, "saliency_confidence", (), CONFIDENCE_BOUNDS, softmax(scores).max(axis=1))
     return counts
 
 

@@ -28,10 +28,11 @@ from ts.protocol import otf_message_handler
 from ts.protocol.otf_message_handler import create_predict_response
 
 from handler.gradients.explain import Explanation, predict_and_explain
+from handler.gradients.methods import softmax
 from handler.images.decode import decode_image
-from handler.images.digits import prepare
-from handler.preparation import Prepared, prepare_images
-from handler.protocol.reply import Maps, Reply, Result, probabilities_of, render_results
+from handler.images.digits import prepare_digit
+from handler.preprocess import Prepared, preprocess
+from handler.protocol.reply import Maps, Reply, Result, render_results
 from handler.protocol.request import parse_request, read_correlation_id
 from handler.runtime.metrics import Meter, answer_of
 from handler.runtime.metrics import Step as MeteredStep
@@ -76,14 +77,14 @@ def build_steps(handler: Any, context: Context, batch_size: int) -> dict[str, St
     _, height, width = handler.input_shape
     requests = [parse_request(row, HEADERS, handler.class_count) for row in rows]
     images = [decode_image(content).grey for content in contents]
-    prepared = [prepare_images(request, height, width) for request in requests]
+    prepared = [preprocess(request, height, width) for request in requests]
     pixels = torch.from_numpy(np.stack([one.questions[0].pixels for one in prepared])[:, None])
 
     def explain() -> tuple[NDArray[np.floating], list[Explanation | None]]:
         return predict_and_explain(handler.differentiable, pixels.to(handler.device), [(None,)] * batch_size)
 
     logits, explanations = explain()
-    probabilities = probabilities_of(logits)
+    probabilities = softmax(logits)
 
     def result(index: int, one: Prepared) -> Result:
         explanation, question = explanations[index], one.questions[0]
@@ -133,7 +134,7 @@ def build_steps(handler: Any, context: Context, batch_size: int) -> dict[str, St
         "the same by fields, as TorchServe by itself does": receive_by_fields,
         "read the request (request.py)": lambda: [parse_request(row, HEADERS, handler.class_count) for row in rows],
         "decode the PNG (decode.py)": lambda: [decode_image(content) for content in contents],
-        "see that it is canonical (canonical.py)": lambda: [prepare(grey, height, width) for grey in images],
+        "see that it is canonical (canonical.py)": lambda: [prepare_digit(grey, height, width) for grey in images],
         "score and differentiate (saliency.py)": explain,
         "write the JSON (reply.py)": lambda: [
             render_results([one], request.reply_format, handler.model_description, listed=False, infer=None)

@@ -19,7 +19,7 @@ import requests
 from handler.errors import InvalidOption
 from handler.gradients.methods import METHODS
 from handler.images.decode import decode_image
-from handler.images.digits import prepare
+from handler.images.digits import prepare_digit
 from handler.render.drawing import Layout, Row, Style, draw
 from scripts.paths import MODEL_NAME
 from scripts.serving.credentials import CredentialsError, authorization, read_token
@@ -103,7 +103,7 @@ def draw_explanations(images: Sequence[Path], replies: Sequence[dict[str, Any]],
         classes = np.atleast_1d(explanation["target"]).tolist()
         saliency = np.array(explanation["saliency"], dtype=np.float32)
         maps = saliency.reshape(len(classes), *saliency.shape[-2:])  # (T, H, W)
-        pixels = prepare(decode_image(image.read_bytes()).grey, *maps.shape[1:]).pixels
+        pixels = prepare_digit(decode_image(image.read_bytes()).grey, *maps.shape[1:]).pixels
         rows.append(Row(pixels, maps, tuple(classes)))
     drawing = draw(rows, Style(size=size, layout=Layout.SIDE_BY_SIDE))
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -197,7 +197,7 @@ def test_tensors_say_method_parameters_and_gap(
         reference.assert_map(saliency, sample, 6, method)
     assert ("completeness_gap" in outputs) == isinstance(method, IntegratedGradients)
     if "completeness_gap" in outputs:
-        expected = [reference.explain(sample, 6, method).gaps for sample in samples[:2]]
+        expected = [reference.explain(sample, 6, method).convergence_deltas for sample in samples[:2]]
         np.testing.assert_allclose(
             outputs["completeness_gap"], np.concatenate([gap for gap in expected if gap is not None]), atol=0.05
         )
@@ -222,7 +222,7 @@ def test_npy_and_png_replies_name_the_method(
         assert float(reply.headers["X-Saliency-Max"]) == pytest.approx(array.max(), abs=1e-4)
         assert ("X-Saliency-Completeness-Gap" in reply.headers) == isinstance(method, IntegratedGradients)
     if isinstance(method, IntegratedGradients):
-        gaps = reference.explain(samples[1], None, method).gaps
+        gaps = reference.explain(samples[1], None, method).convergence_deltas
         assert gaps is not None
         assert float(npy.headers["X-Saliency-Completeness-Gap"]) == pytest.approx(gaps[0], abs=0.05)
 

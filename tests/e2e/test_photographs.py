@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from handler.images.decode import decode_image
-from handler.images.digits import prepare
+from handler.images.digits import prepare_digit
 from model.photograph import SCENES, ink_of, photograph
 from scripts.paths import SAMPLE_FILES
 from scripts.serving.launcher import TorchServe
@@ -70,7 +70,7 @@ def test_map_in_the_clients_pixels_is_the_chain_rule(server: TorchServe, archive
     assert explanation["shape"] == [2, *grey.shape]
     assert explanation["with_respect_to"] == "grey level in [0, 1] of the image as sent"
     assert "geometry" in explanation["held_fixed"]
-    expected = prepare(grey, 28, 28).pull_back(map_of(canonical))
+    expected = prepare_digit(grey, 28, 28).pull_back(map_of(canonical))
     np.testing.assert_allclose(map_of(explanation), expected, atol=1e-5 + 1e-4 * float(np.abs(expected).max()))
 
 
@@ -87,7 +87,7 @@ def test_prepared_pixels_are_what_the_network_gets(server: TorchServe, archive: 
     from scripts.packaging.package import read_archive
 
     content = photo_of("grey paper", seed=4)
-    pixels = prepare(decode_image(content).grey, 28, 28).pixels
+    pixels = prepare_digit(decode_image(content).grey, 28, 28).pixels
     logits, _ = Oracle(read_archive(archive)["weights.safetensors"]).explain(pixels.astype(np.float64))
     np.testing.assert_allclose(ask(server, content).json()["logits"], logits, atol=5e-5)
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from handler.gradients.methods import METHODS
 from handler.images.arrays import NUMPY_TYPES
-from handler.protocol.request import Encoding
+from handler.protocol.options import Encoding
 from scripts.packaging.package import read_archive
 from scripts.serving.launcher import TorchServe
 from tests.e2e.conftest import BATCH_SIZE, TIMEOUT_S, Sample

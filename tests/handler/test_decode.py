@@ -13,7 +13,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from handler.errors import ClientError, ImageTooLarge, InvalidPixel, UnreadableImage, WrongShape
 from handler.images import decode
-from handler.images.decode import ACCEPTED_FORMATS, DecodingBudget, decode_image, decode_numbers
+from handler.images.arrays import decode_numbers
+from handler.images.decode import ACCEPTED_FORMATS, DecodingBudget, decode_image
 from handler.limits import MAX_DECODER_OPERATIONS, MAX_PIXELS, MAX_SIDE
 from scripts.paths import SAMPLE_FILES
 from tests.hostile import png_chunk, png_header

@@ -12,7 +12,8 @@ from torch import nn
 from handler.errors import BlankImage
 from handler.gradients.explain import predict_and_explain
 from handler.images.decode import decode_image
-from handler.images.digits import Array, Preparation, _resample, prepare, prepare_nothing, prepare_scaling
+from handler.images.digits import prepare_digit
+from handler.images.preparation import Array, PreparedImage, leave_unchanged, resample, scale_image
 from model.photograph import SCENES, Scene, ink_of, photograph
 from scripts.paths import SAMPLE_FILES
 
@@ -27,7 +28,7 @@ def grey_of(content: bytes) -> Array:
     return decode_image(content).grey
 
 
-def read(network: nn.Module, preparation: Preparation) -> int:
+def read(network: nn.Module, preparation: PreparedImage) -> int:
     logits, _ = predict_and_explain(network, torch.from_numpy(preparation.pixels)[None, None], [()])
     return int(logits.argmax())
 
@@ -38,7 +39,7 @@ def read(network: nn.Module, preparation: Preparation) -> int:
 @pytest.mark.parametrize("file", SAMPLE_FILES, ids=lambda file: file.stem)
 def test_canonical_image_passes_through_bit_for_bit(digit_pixels: Array, file: object) -> None:
     grey = digit_pixels[SAMPLE_FILES.index(file)]  # type: ignore[arg-type]
-    preparation = prepare(grey, 28, 28)
+    preparation = prepare_digit(grey, 28, 28)
     assert preparation.steps == ()
     np.testing.assert_array_equal(preparation.pixels, grey)
     np.testing.assert_array_equal(preparation.apply(grey), grey)
@@ -48,7 +49,7 @@ def test_canonical_image_passes_through_bit_for_bit(digit_pixels: Array, file: o
 def test_mirrored_polarity_gives_the_same_digit(digit_pixels: Array) -> None:
     """A 28x28 image that is canonical but for its dark ink is inverted, and nothing else."""
     for grey in digit_pixels:
-        preparation = prepare(1 - grey, 28, 28)
+        preparation = prepare_digit(1 - grey, 28, 28)
         assert preparation.inverted
         assert preparation.steps == ("inverted",)
         np.testing.assert_allclose(preparation.pixels, grey, atol=1e-6)
@@ -60,7 +61,7 @@ def test_mirrored_polarity_gives_the_same_digit(digit_pixels: Array) -> None:
 @pytest.mark.parametrize("size", [(28, 28), (1, 1), (28, 1), (1, 3000), (7, 300), (600, 600)], ids=str)
 def test_blank_image_is_refused(size: tuple[int, int], level: float) -> None:
     with pytest.raises(BlankImage, match=r"got an image (without ink|of one single grey level)") as caught:
-        prepare(np.full(size, level, dtype=np.float32), 28, 28)
+        prepare_digit(np.full(size, level, dtype=np.float32), 28, 28)
     assert caught.value.status == 422
 
 
@@ -70,7 +71,7 @@ def test_paper_without_a_digit_is_refused(kind: str) -> None:
     empty = np.zeros((160, 100))
     if SCENES[kind].specks == (0, 0):
         with pytest.raises(BlankImage):
-            prepare(grey_of(photograph(empty, kind, [1])), 28, 28)
+            prepare_digit(grey_of(photograph(empty, kind, [1])), 28, 28)
 
 
 # --- digits as people send them
@@ -80,7 +81,7 @@ def test_paper_without_a_digit_is_refused(kind: str) -> None:
 def test_digits_of_every_kind_are_read(network: nn.Module, inks: dict[str, NDArray[np.float64]], kind: str) -> None:
     """Nine of ten at least; rates over many more are measured by scripts/research/accuracy.py."""
     names = list(inks)[:: 5 if kind == "huge" else 1]
-    right = [read(network, prepare(grey_of(photograph(inks[name], kind, [2])), 28, 28)) == int(name[0]) for name in names]
+    right = [read(network, prepare_digit(grey_of(photograph(inks[name], kind, [2])), 28, 28)) == int(name[0]) for name in names]
     assert sum(right) >= 0.9 * len(names), [name for name, is_right in zip(names, right, strict=True) if not is_right]
 
 
@@ -93,7 +94,7 @@ def test_tiny_digits_that_touch_all_borders_are_read(network: nn.Module, inverte
             cropped = image.crop(image.point(lambda level: 255 * (level > 40)).getbbox())
         square = ImageOps.pad(cropped, (16, 16), Image.Resampling.BILINEAR)
         grey: Array = np.asarray(square, dtype=np.float32) / np.float32(255)
-        preparation = prepare(np.float32(1) - grey if inverted else grey, 28, 28)
+        preparation = prepare_digit(np.float32(1) - grey if inverted else grey, 28, 28)
         assert preparation.inverted is inverted, file.stem
         right += read(network, preparation) == int(file.stem[0])
     assert right >= 0.95 * len(SAMPLE_FILES)
@@ -101,7 +102,7 @@ def test_tiny_digits_that_touch_all_borders_are_read(network: nn.Module, inverte
 
 def test_digit_is_fitted_and_centred_as_mnists_makers_did(inks: dict[str, NDArray[np.float64]]) -> None:
     for name, ink in inks.items():
-        pixels = prepare(grey_of(photograph(ink, "scan", [3])), 28, 28).pixels
+        pixels = prepare_digit(grey_of(photograph(ink, "scan", [3])), 28, 28).pixels
         ys, xs = np.nonzero(pixels > 0.3)
         assert max(np.ptp(ys), np.ptp(xs)) + 1 in (19, 20, 21, 22), name
         rows, columns = np.indices(pixels.shape)
@@ -115,7 +116,7 @@ def test_digit_is_fitted_and_centred_as_mnists_makers_did(inks: dict[str, NDArra
 def test_preparation_says_what_was_done(inks: dict[str, NDArray[np.float64]]) -> None:
     canvas = np.ones((300, 400), dtype=np.float32)
     canvas[60:260, 150:200] = 0.1  # a bar
-    preparation = prepare(canvas, 28, 28)
+    preparation = prepare_digit(canvas, 28, 28)
     assert preparation.inverted
     assert preparation.ink_box is not None
     np.testing.assert_allclose(preparation.ink_box, (150, 60, 200, 260), atol=4)
@@ -131,7 +132,7 @@ def test_specks_and_a_dark_edge_are_left_out(inks: dict[str, NDArray[np.float64]
     height, width = dirty.shape
     dirty[: height // 40 + 1] = 0.2  # the table's edge
     dirty[height - height // 30 - 4 : height - 4, 3 : 3 + width // 30] = 0.1
-    difference = np.abs(prepare(dirty, 28, 28).pixels - prepare(clean, 28, 28).pixels)
+    difference = np.abs(prepare_digit(dirty, 28, 28).pixels - prepare_digit(clean, 28, 28).pixels)
     assert difference.mean() < 0.02
 
 
@@ -144,7 +145,7 @@ def test_size_and_place_in_the_image_do_not_matter(inks: dict[str, NDArray[np.fl
         canvas = np.ones((size, size), dtype=np.float32)
         y, x = random.integers(0, size - 100), random.integers(0, size - 70)
         canvas[y : y + 100, x : x + 70] -= 0.9 * small.astype(np.float32)
-        pixels.append(prepare(canvas, 28, 28).pixels)
+        pixels.append(prepare_digit(canvas, 28, 28).pixels)
     for other in pixels[1:]:
         assert np.abs(other - pixels[0]).mean() < 0.02
 
@@ -156,7 +157,7 @@ def test_sixteen_bits_and_eight_bits_give_the_same(inks: dict[str, NDArray[np.fl
         content = BytesIO()
         image.save(content, format="PNG")
         greys.append(grey_of(content.getvalue()))
-    np.testing.assert_allclose(prepare(greys[0], 28, 28).pixels, prepare(greys[1], 28, 28).pixels, atol=1e-4)
+    np.testing.assert_allclose(prepare_digit(greys[0], 28, 28).pixels, prepare_digit(greys[1], 28, 28).pixels, atol=1e-4)
 
 
 def test_bright_drawing_on_a_transparent_canvas_is_seen() -> None:
@@ -164,7 +165,7 @@ def test_bright_drawing_on_a_transparent_canvas_is_seen() -> None:
     image.paste((255, 255, 255, 255), (45, 20, 55, 80))
     content = BytesIO()
     image.save(content, format="PNG")
-    preparation = prepare(grey_of(content.getvalue()), 28, 28)
+    preparation = prepare_digit(grey_of(content.getvalue()), 28, 28)
     assert not preparation.inverted
     assert preparation.pixels.max() == 1
 
@@ -173,7 +174,7 @@ def test_bright_drawing_on_a_transparent_canvas_is_seen() -> None:
 
 
 def test_scaling_leaves_everything_else() -> None:
-    preparation = prepare_scaling(np.full((600, 300), 0.3, dtype=np.float32), 28, 28)
+    preparation = scale_image(np.full((600, 300), 0.3, dtype=np.float32), 28, 28)
     np.testing.assert_allclose(preparation.pixels, np.full((28, 28), 0.3), atol=1e-6)
     assert preparation.steps == ("scaled from 300x600 to 28x28",)
     assert not preparation.inverted
@@ -183,7 +184,7 @@ def test_scaling_leaves_everything_else() -> None:
 def test_resampling_equals_pillows_bilinear_filter(source: int, target: int) -> None:
     line = np.random.default_rng(1).random((1, source), dtype=np.float32)
     expected = np.asarray(Image.fromarray(line).resize((target, 1), Image.Resampling.BILINEAR))
-    np.testing.assert_allclose(line @ _resample(source, 0, source, target).T, expected, atol=1e-5)
+    np.testing.assert_allclose(line @ resample(source, 0, source, target).T, expected, atol=1e-5)
 
 
 # --- the way back
@@ -202,7 +203,7 @@ IMAGES = {
 def test_prepared_image_is_the_affine_map(inks: dict[str, NDArray[np.float64]], name: str) -> None:
     kind, seed = IMAGES[name]
     grey = grey_of(photograph(inks[f"{seed[0]}-0"], kind, seed))
-    preparation = prepare(grey, 28, 28)
+    preparation = prepare_digit(grey, 28, 28)
     np.testing.assert_allclose(preparation.apply(grey), preparation.pixels, atol=2e-5)
 
 
@@ -213,7 +214,7 @@ def test_map_in_the_clients_pixels_is_the_finite_difference_through_the_preparat
     """In float64, with geometry, stretch, paper and cleaning held fixed; dithered, because max pools tie on flat paper."""
     kind, seed = IMAGES[name]
     grey = grey_of(photograph(inks[f"{seed[0]}-0"], kind, seed))
-    preparation = prepare(grey, 28, 28)
+    preparation = prepare_digit(grey, 28, 28)
     rows, columns = (torch.from_numpy(matrix.astype(np.float64)) for matrix in (preparation.rows, preparation.columns))
     dither = 0.05 * torch.rand(28, 28, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     double = type(network)().double().eval().requires_grad_(False)
@@ -246,7 +247,7 @@ def test_map_in_the_clients_pixels_is_the_finite_difference_through_the_preparat
 def test_way_back_is_the_transpose_of_the_way_there(inks: dict[str, NDArray[np.float64]]) -> None:
     """<gradient, An image> = <A^T gradient, image>, for several maps at once."""
     grey = grey_of(photograph(inks["6-0"], "phone", [6]))
-    preparation = prepare(grey, 28, 28)
+    preparation = prepare_digit(grey, 28, 28)
     random = np.random.default_rng(0)
     gradients, step = random.normal(size=(3, 28, 28)).astype(np.float32), random.normal(size=grey.shape).astype(np.float32)
     there = preparation.apply(grey + step) - preparation.apply(grey)
@@ -257,7 +258,7 @@ def test_way_back_is_the_transpose_of_the_way_there(inks: dict[str, NDArray[np.f
 
 def test_way_back_of_a_canonical_image_changes_nothing() -> None:
     gradient = np.random.default_rng(0).normal(size=(28, 28)).astype(np.float32)
-    np.testing.assert_array_equal(prepare_nothing(np.zeros((28, 28), np.float32)).pull_back(gradient), gradient)
+    np.testing.assert_array_equal(leave_unchanged(np.zeros((28, 28), np.float32)).pull_back(gradient), gradient)
 
 
 def test_scene_ranges_are_ranges() -> None:

@@ -19,7 +19,8 @@ from handler.errors import (
 from handler.images.arrays import Tensor
 from handler.limits import MAX_ID_CHARACTERS, MAX_IMAGES
 from handler.protocol.kserve import Infer
-from handler.protocol.request import Encoding, Options, Part, ReplyFormat, Request, Targets, parse_request
+from handler.protocol.options import Encoding, Options, Targets
+from handler.protocol.request import Part, ReplyFormat, Request, parse_request
 
 IMAGE = b"\x89PNG any bytes"
 BASE64 = base64.b64encode(IMAGE).decode()

@@ -219,9 +219,9 @@ def test_methods_of_a_linear_network_have_closed_forms(target: int) -> None:
         found = explain(network, pixels, [(target,)] * 4, [method] * 4)
         np.testing.assert_allclose(np.concatenate([one.maps for one in found]), maps, rtol=1e-5, atol=1e-6, err_msg=str(method))
         for explanation in found:
-            assert (explanation.gaps is None) == (not method.has_gap)
-            if explanation.gaps is not None:
-                np.testing.assert_allclose(explanation.gaps, [0], atol=1e-6)
+            assert (explanation.convergence_deltas is None) == (not method.has_convergence_delta)
+            if explanation.convergence_deltas is not None:
+                np.testing.assert_allclose(explanation.convergence_deltas, [0], atol=1e-6)
 
 
 def test_integrated_gradients_of_a_cubic_score_are_exact_from_two_steps() -> None:
@@ -236,10 +236,10 @@ def test_integrated_gradients_of_a_cubic_score_are_exact_from_two_steps() -> Non
         one, two, many = explain(SumOfCubes(), pixels, [(0,)] * 3, [IntegratedGradients(n, baseline) for n in (1, 2, 50)])
         for row, explanation in ((1, two), (2, many)):
             np.testing.assert_allclose(explanation.maps[0], pixels[row] ** 3 - start**3)
-            assert explanation.gaps is not None
-            np.testing.assert_allclose(explanation.gaps, [0], atol=1e-12)
-        assert one.gaps is not None
-        assert abs(one.gaps[0]) > 1e-3
+            assert explanation.convergence_deltas is not None
+            np.testing.assert_allclose(explanation.convergence_deltas, [0], atol=1e-12)
+        assert one.convergence_deltas is not None
+        assert abs(one.convergence_deltas[0]) > 1e-3
 
 
 def test_smoothgrad_without_noise_is_the_gradient(exact: Differentiable, dithered: torch.Tensor) -> None:
@@ -283,11 +283,13 @@ def test_integrated_gradients_add_up_to_the_difference_of_scores(
     for steps in (5, 300):
         found = explain(differentiable, dithered, TARGETS, [IntegratedGradients(steps, baseline)] * 6)
         for row, explanation in enumerate(found):
-            assert explanation.gaps is not None
+            assert explanation.convergence_deltas is not None
             sums = explanation.maps.sum(axis=(1, 2, 3), dtype=np.float64)
             expected = sums - differences[row, list(explanation.classes)]
-            np.testing.assert_allclose(explanation.gaps, expected, rtol=0, atol=5e-5)
-        sizes.append(np.abs(np.concatenate([one.gaps for one in found if one.gaps is not None])).mean())
+            np.testing.assert_allclose(explanation.convergence_deltas, expected, rtol=0, atol=5e-5)
+        sizes.append(
+            np.abs(np.concatenate([one.convergence_deltas for one in found if one.convergence_deltas is not None])).mean()
+        )
     assert sizes[1] < 0.02 < sizes[0]
 
 
@@ -297,9 +299,9 @@ def test_integrated_gradients_add_up_to_the_difference_of_scores(
 def assert_same(one: Explanation, other: Explanation) -> None:
     assert one.classes == other.classes
     np.testing.assert_allclose(one.maps, other.maps, rtol=0, atol=1e-11)
-    assert (one.gaps is None) == (other.gaps is None)
-    if one.gaps is not None and other.gaps is not None:
-        np.testing.assert_allclose(one.gaps, other.gaps, rtol=0, atol=1e-10)
+    assert (one.convergence_deltas is None) == (other.convergence_deltas is None)
+    if one.convergence_deltas is not None and other.convergence_deltas is not None:
+        np.testing.assert_allclose(one.convergence_deltas, other.convergence_deltas, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("max_points", [5, 1000])

@@ -20,7 +20,8 @@ from ts.service import Service
 
 from handler.errors import InternalError, UnreadableImage
 from handler.gradients.explain import Autograd, predict_and_explain
-from handler.protocol.reply import Reply, probabilities_of, render_error
+from handler.gradients.methods import softmax
+from handler.protocol.reply import Reply, render_error
 from handler.runtime import metrics
 from handler.runtime.metrics import (
     CONFIDENCE_BOUNDS,
@@ -88,7 +89,7 @@ def test_labels_have_few_values_all_known_beforehand() -> None:
 def test_classes_and_confidence_are_counted_as_one_would_by_hand() -> None:
     logits = np.random.default_rng(0).normal(0, 3, (500, 10)).astype(np.float32)
     counts = add_up([Batch(logits=[logits[:3], logits[3:100]]), Batch(logits=[logits[100:]])])
-    confidences = [probabilities_of(row).max() for row in logits]
+    confidences = [softmax(row).max() for row in logits]
     for digit, count in Counter(row.argmax() for row in logits).items():
         assert counts["saliency_pictures_total", (str(digit),)] == count
     for bound in CONFIDENCE_BOUNDS:

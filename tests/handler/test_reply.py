@@ -6,23 +6,34 @@ import numpy as np
 import pytest
 
 from handler.errors import WrongShape
-from handler.gradients.methods import GRADIENT, Aggregate, Baseline, GradientXInput, IntegratedGradients, Method, SmoothGrad
+from handler.gradients.explain import Explanation
+from handler.gradients.methods import (
+    GRADIENT,
+    Aggregate,
+    Baseline,
+    GradientXInput,
+    IntegratedGradients,
+    Method,
+    SmoothGrad,
+    softmax,
+)
+from handler.images.preparation import leave_unchanged
 from handler.limits import MAX_BATCH_BYTES, MAX_ID_CHARACTERS, MAX_IMAGES, MAX_MAPS
 from handler.protocol.kserve import Infer
-from handler.protocol.reply import Maps, Reply, Result, fit_batch, probabilities_of, render_results
-from handler.protocol.request import Options, ReplyFormat
+from handler.protocol.options import Options
+from handler.protocol.reply import Reply, Result, fit_batch, render_results
+from handler.protocol.request import ReplyFormat
 from scripts.paths import SERVE_CONFIG
 
 MODEL = {"name": "digits", "version": "1.0", "weights_sha256": "0" * 64}
 
 
 def result(height: int, value: float = 0, method: Method = GRADIENT) -> Result:
-    gaps = np.array([-1.2345678901234567e-10]) if method.has_gap else None
-    maps = Maps((3,), np.full((1, height, 28), value, np.float32), gaps)
-    preparation = {"source": "PNG image", "steps": []}
-    options = Options(explain=True, method=method)
+    maps = np.full((1, height, 28), value, np.float32)
+    deltas = np.array([-1.2345678901234567e-10]) if method.has_convergence_delta else None
+    image = leave_unchanged(maps[0], "PNG image")
     logits = np.arange(10, dtype=np.float32)
-    return Result(options, logits, probabilities_of(logits), maps, preparation, maps.saliency[0])
+    return Result(Options(explain=True, method=method), image, logits, softmax(logits), Explanation((3,), maps, maps, deltas))
 
 
 @pytest.mark.parametrize(

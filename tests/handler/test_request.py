@@ -27,17 +27,9 @@ from handler.gradients.methods import (
     LossGradient,
     SmoothGrad,
 )
-from handler.protocol.request import (
-    Encoding,
-    Options,
-    Part,
-    Prepare,
-    ReplyFormat,
-    Request,
-    Targets,
-    parse_request,
-    read_correlation_id,
-)
+from handler.images.preparation import Prepare
+from handler.protocol.options import Encoding, Options, Targets
+from handler.protocol.request import Part, ReplyFormat, Request, parse_request, read_correlation_id
 from handler.render.drawing import Colormap, Layout, Polarity, Style
 
 IMAGE = b"\x89PNG any bytes"

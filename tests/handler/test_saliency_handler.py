@@ -23,12 +23,13 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
 from ts.context import Context, RequestProcessor
 
-import handler.preparation as prepare_module
+import handler.preprocess as preprocess_module
 import handler.protocol.reply as reply_module
 import handler.saliency_handler as handler_module
 from handler.gradients.explain import predict_and_explain
 from handler.gradients.methods import METHODS
-from handler.protocol.request import OPTION_PARSERS, parse_request
+from handler.protocol.options import OPTIONS
+from handler.protocol.request import parse_request
 from handler.render.drawing import Row, Style, draw
 from handler.runtime.archive import ArchiveError
 from handler.saliency_handler import SaliencyHandler
@@ -304,7 +305,7 @@ def test_defect_in_one_row_is_a_500_for_that_row_and_its_log_holds_no_data(
     def broken(rows: Any, height: int, width: int) -> Any:
         raise KeyError(str(rows))
 
-    monkeypatch.setattr(prepare_module, "decode_numbers", broken)
+    monkeypatch.setattr(preprocess_module, "decode_numbers", broken)
     good, bad = answer(handler, [MIXED[0], ({"body": {"data": [["secret"]]}}, {})], tmp_path / "unpacked")
     assert (good[0], bad[0]) == (200, 500)
     assert json.loads(bad[2])["error"]["type"] == "InternalError"
@@ -703,7 +704,7 @@ def test_describe_request_of_torchserve_gets_the_description(handler: SaliencyHa
     assert headers == {"content-type": "application/json"}
     assert description["model"] == handler.model_description
     assert description["input_shape"] == [28, 28]
-    assert description["options"].keys() == OPTION_PARSERS.keys()
+    assert description["options"].keys() == OPTIONS.keys()
     assert description["options"]["target"]["default"] == "predicted"
     assert list(description["methods"]) == description["options"]["method"]["accepted"] == list(METHODS)
     assert description["methods"]["smoothgrad"]["parameters"].keys() == {"samples", "noise", "seed", "aggregate"}

@@ -13,7 +13,7 @@ from torch import nn
 
 from handler.gradients.explain import predict_and_explain
 from handler.images.decode import decode_image
-from handler.images.digits import prepare
+from handler.images.digits import prepare_digit
 from model.photograph import ink_of, photograph
 from scripts.paths import ROOT, SAMPLE_FILES
 from scripts.research.localise import LocaliseError, Location, arrange, draw_location, localise, main, overlap, overlap_at_random
@@ -28,7 +28,7 @@ def disc(height: int, width: int, radius: int, centre: tuple[int, int]) -> NDArr
 
 def map_of(network: nn.Module, grey: Numbers) -> Numbers:
     """The map in an image's own pixels, as the server gives it."""
-    prepared = prepare(grey, 28, 28)
+    prepared = prepare_digit(grey, 28, 28)
     _, (explanation,) = predict_and_explain(network, torch.from_numpy(prepared.pixels)[None, None], [(None,)])
     assert explanation is not None
     return np.asarray(prepared.pull_back(explanation.maps[:, 0])[0], dtype=np.float32)
@@ -63,7 +63,7 @@ def test_only_the_piece_with_most_ink_is_taken() -> None:
 def test_photographed_digit_is_found_by_its_map(network: nn.Module, kind: str) -> None:
     with Image.open(SAMPLE_FILES[28]) as image:
         grey = decode_image(photograph(ink_of(np.asarray(image)), kind, [0])).grey
-    ink_box = prepare(grey, 28, 28).ink_box
+    ink_box = prepare_digit(grey, 28, 28).ink_box
     assert ink_box is not None
     assert overlap(localise(grey, map_of(network, grey)).box, ink_box) > 0.8
 

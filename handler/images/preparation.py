@@ -1,0 +1,113 @@
+"""A preparation: an affine map with a transpose, from the image as it was sent to the network's pixels, and back.
+
+    pixels = slope * (rows @ image @ columns.T) + offset, clipped to [0, 1]
+
+Holds the type and the two preparations that look for nothing: the image as it is, and the image scaled. `digits` finds the digit
+in an image. Knows nothing of image files, of HTTP or of TorchServe.
+"""
+
+import functools
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+Array = NDArray[np.float32]
+
+
+class Prepare(StrEnum):
+    """Whether an image is preprocessed into what the network knows."""
+
+    AUTO = "auto"
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """An image, ready for the network, and what was done to it: pixels = slope * rows @ grey @ columns.T + offset.
+
+    Attributes:
+        rows: float32 (h, H), resampling and placement along y.
+        columns: float32 (w, W), along x.
+        slope: intensity per unit of grey; negative where the image is inverted.
+        offset: float32 (h, w): the paper's level, and all that cleaning and clipping changed at this image.
+        pixels: float32 (h, w): the prepared image, intensity in [0, 1].
+        steps: what was done, in words and in order; empty where the image was canonical already.
+        ink_box: left, top, right, bottom of the ink, in pixels of the image; None where it was not looked for.
+        threshold: contrast to the paper, 0-1, from which a pixel was taken for ink; None likewise.
+        source: what the image was sent as, such as "PNG image".
+        sent: float32 (H, W), its grey levels as sent, where maps are asked for in its own pixels.
+    """
+
+    rows: Array
+    columns: Array
+    slope: float
+    offset: Array
+    pixels: Array
+    steps: tuple[str, ...]
+    ink_box: tuple[int, int, int, int] | None = None
+    threshold: float | None = None
+    source: str = "pixels"
+    sent: Array | None = None
+
+    @property
+    def inverted(self) -> bool:
+        """Whether dark ink was made bright."""
+        return self.slope < 0
+
+    def describe(self) -> dict[str, Any]:
+        """Say for people what was done: the reply's `preparation`."""
+        description: dict[str, Any] = {"source": self.source, "steps": list(self.steps), "inverted": self.inverted}
+        if self.ink_box is not None:
+            description |= {"ink_box": list(self.ink_box), "threshold": self.threshold}
+        return description
+
+    def apply(self, grey: Array) -> Array:
+        """Prepare an image: (H, W) grey levels -> (h, w) intensities, with everything but the grey levels held fixed."""
+        return np.asarray(np.float32(self.slope) * (self.rows @ grey @ self.columns.T) + self.offset, dtype=np.float32)
+
+    def pull_back(self, gradient: Array) -> Array:
+        """Carry gradients by the network's pixels back to the image's grey levels: (..., h, w) -> (..., H, W).
+
+        The chain rule through resampling, placement and inversion. Geometry, stretch, the paper's level and what was cleaned
+        away are held fixed.
+        """
+        return np.asarray(np.float32(self.slope) * (self.rows.T @ gradient @ self.columns), dtype=np.float32)
+
+
+def leave_unchanged(grey: Array, source: str = "pixels") -> PreparedImage:
+    """An image that is canonical already: it goes to the network bit for bit."""
+    rows, columns, offset = _identity(*grey.shape)
+    return PreparedImage(rows, columns, slope=1.0, offset=offset, pixels=grey, steps=(), source=source)
+
+
+@functools.lru_cache(maxsize=16)
+def _identity(height: int, width: int) -> tuple[Array, Array, Array]:
+    """Rows, columns and offset of the map that changes nothing; all requests share them."""
+    parts = np.eye(height, dtype=np.float32), np.eye(width, dtype=np.float32), np.zeros((height, width), dtype=np.float32)
+    for part in parts:
+        part.flags.writeable = False
+    return parts
+
+
+def scale_image(grey: Array, height: int, width: int, source: str = "pixels") -> PreparedImage:
+    """Scale an image to the network's size, and nothing else."""
+    if grey.shape == (height, width):
+        return leave_unchanged(grey, source)
+    rows, columns = resample(grey.shape[0], 0, grey.shape[0], height), resample(grey.shape[1], 0, grey.shape[1], width)
+    step = f"scaled from {grey.shape[1]}x{grey.shape[0]} to {width}x{height}"
+    pixels: Array = np.clip(sparse.csr_array(rows) @ grey @ columns.T, 0, 1)  # rounding may leave the range
+    return PreparedImage(rows, columns, slope=1.0, offset=np.zeros_like(pixels), pixels=pixels, steps=(step,), source=source)
+
+
+def resample(source: int, start: float, stop: float, target: int) -> Array:
+    """Weights (target, source) that resample a part of a line: linear, with antialiasing where it shrinks. Rows sum to 1."""
+    scale = (stop - start) / target
+    reach = max(scale, 1.0)  # half width of the triangle filter, in source pixels
+    wanted = start + (np.arange(target) + 0.5) * scale
+    distances = np.abs(np.arange(source)[None, :] + 0.5 - wanted[:, None])
+    weights = np.clip(1 - distances / reach, 0, None)
+    return np.asarray(weights / weights.sum(axis=1, keepdims=True), dtype=np.float32)
