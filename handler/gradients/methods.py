@@ -94,6 +94,11 @@ class Method:
     output: ClassVar[str] = LOGIT  # what is differentiated
     has_convergence_delta: ClassVar[bool] = False
 
+    @property
+    def unit(self) -> str:
+        """The unit of the map's numbers."""
+        return "logit per unit of intensity"
+
     @classmethod
     def parameters(cls) -> dict[str, Parameter]:
         """What a request may choose, by name."""
@@ -144,6 +149,11 @@ class LossGradient(Method):
     description = "derivative of the cross entropy to the target by each pixel"
     output = CROSS_ENTROPY
 
+    @property
+    def unit(self) -> str:
+        """As `Method`."""
+        return "nat per unit of intensity"
+
     def weigh(self, logits: Array, target: int) -> Array:
         """Weigh as grad CE = sum_k (p_k - y_k) grad S_k does.
 
@@ -161,6 +171,11 @@ class GradientXInput(Method):
     __slots__ = ()
     name = "gradient_x_input"
     description = "the gradient times the pixel's own intensity"
+
+    @property
+    def unit(self) -> str:
+        """As `Method`."""
+        return "logit"
 
     def finish(self, gradients: Array, pixels: Array) -> Array:
         """As `Method`."""
@@ -199,6 +214,11 @@ class SmoothGrad(SamplingMethod):
     noise: float = field(default=0.15, metadata=_described("standard deviation of the noise, in units of intensity", 0, 1))
     seed: int = field(default=0, metadata=_described("seed of the noise: the same one gives the same map", 0, MAX_SEED))
     aggregate: Aggregate = field(default=Aggregate.MEAN, metadata=_described("what becomes of the gradients"))
+
+    @property
+    def unit(self) -> str:
+        """As `Method`."""
+        return "logit per unit of intensity" if self.aggregate is Aggregate.MEAN else "(logit per unit of intensity)^2"
 
     @property
     def gradient_count(self) -> int:
@@ -240,6 +260,11 @@ class IntegratedGradients(SamplingMethod):
     baseline: Baseline = field(
         default=Baseline.ZERO, metadata=_described("where the way starts: at zeros, or at the training set's mean intensity")
     )
+
+    @property
+    def unit(self) -> str:
+        """As `Method`."""
+        return "logit"
 
     @property
     def gradient_count(self) -> int:

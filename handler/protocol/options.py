@@ -124,24 +124,32 @@ def _values_of(parameter: Parameter) -> Values:
 _STYLE = Style()
 STYLE_OPTIONS: Mapping[str, Option] = {  # of a drawing; the fields of Style
     "size": Option(Range(MIN_SIZE, MAX_SIZE, whole=True), _STYLE.size, "pixels of a panel's longer side"),
-    "colormap": Option(_members(Colormap), _STYLE.colormap, "colours of the numbers; signed ones need one that diverges"),
+    "colormap": Option(
+        _members(Colormap),
+        _STYLE.colormap,
+        "colours of a drawing; the first two diverge, the others take every polarity but `signed`",
+    ),
     "polarity": Option(_members(Polarity), _STYLE.polarity, "which numbers are drawn; the others count as zero"),
     "clip_percentile": Option(
         Range(MIN_PERCENTILE, 100, whole=False),
         _STYLE.clip_percentile,
-        "percentile of a map's absolute numbers from which on they have the full colour",
+        "percentile of the absolute numbers that are not zero, from which on colours are full",
     ),
     "layout": Option(_members(Layout), _STYLE.layout, "the map over the image, the map alone, or image and maps side by side"),
 }
 OPTIONS: Mapping[str, Option] = {
-    "explain": Option(Flag(), default=False, description="explain too, on a route that predicts"),
-    "target": Option(Classes(), "predicted", "which classes to explain"),
+    "explain": Option(Flag(), default=False, description="ask for an explanation on a route that predicts"),
+    "target": Option(Classes(), "predicted", "class to explain, a list of classes, or all"),
     "method": Option(METHODS, GRADIENT.name, "how the saliency map is made"),
-    "space": Option(
-        _members(Space), Space.CANONICAL, "whose pixels the score is differentiated by: the network's or the image's"
+    "space": Option(_members(Space), Space.CANONICAL, "pixels to differentiate by: what the network got, or the image as sent"),
+    "prepare": Option(
+        _members(Prepare),
+        Prepare.AUTO,
+        "`auto` finds the digit, `none` only scales the image; numbers are taken as they are unless this is given",
     ),
-    "prepare": Option(_members(Prepare), Prepare.AUTO, "whether the image is preprocessed into what the network knows"),
-    "encoding": Option(_members(Encoding), Encoding.NESTED, "numbers of a map in JSON: nested lists or base64 of float32"),
+    "encoding": Option(
+        _members(Encoding), Encoding.NESTED, "of the map in JSON: nested lists, or the base64 of little-endian float32 in C order"
+    ),
     **STYLE_OPTIONS,
     **{name: Option(_values_of(one), one.default, one.description) for name, one in PARAMETERS.items()},
 }

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from handler.errors import Overloaded, RequestTooLarge, ServiceError, WrongShape
 from handler.gradients.explain import Explanation
+from handler.gradients.methods import Method
 from handler.images.preparation import PreparedImage
 from handler.limits import MAX_BATCH_BYTES, MAX_HEADER_IMAGES
 from handler.protocol.kserve import BYTES, EXPLANATION_OUTPUTS, GAP_OUTPUT, PREDICTION_OUTPUTS, Infer
@@ -291,12 +292,21 @@ def _render_npy(results: Sequence[Result], *, listed: bool) -> Reply:
 
 
 def _render_png(results: Sequence[Result]) -> Reply:
+    methods = [result.options.method for result in results]
+    titles = [_title(method) if len(set(methods)) > 1 else "" for method in methods]  # rows of one method need none
     rows = [
-        Row(_image_of_maps(result.image), result.explanation.maps, result.explanation.classes)
-        for result in results
+        Row(_image_of_maps(result.image), result.explanation.maps, result.explanation.classes, method.unit, title)
+        for result, method, title in zip(results, methods, titles, strict=True)
         if result.explanation is not None
     ]
     return Reply(HTTPStatus.OK, ReplyFormat.PNG, draw(rows, results[0].options.style), _map_headers(results))
+
+
+def _title(method: Method) -> str:
+    """A method and what is not its default, in one line."""
+    parameters = method.parameters()
+    chosen = [f"{name} {value}" for name, value in method.values.items() if value != parameters[name].default]
+    return ", ".join([method.name, *chosen])
 
 
 def _image_of_maps(image: PreparedImage) -> NDArray[np.float32]:

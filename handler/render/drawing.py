@@ -25,7 +25,6 @@ OPACITY = 0.9  # of a full colour over the image: below 1, so that the digit sho
 HUE_SHARE = 0.6  # where a map that diverges has the two colours that it lays over an image: its ends are too dark on black
 LEVELS = 255  # of a colour map: odd, so that zero is one of them
 COMPRESSION = {"compress_level": 1, "compress_type": 3}  # zlib's Z_RLE: made for repeated pixels, and noise takes half the time
-UNIT = "logit per unit of intensity"
 
 
 class Colormap(StrEnum):
@@ -109,11 +108,15 @@ class Row:
         image: float32 (H, W), intensity in [0, 1].
         maps: float32 (T, H', W'), T >= 1, finite, signed; of the image's extent, and of any resolution.
         classes: what each map explains, T of them.
+        unit: of the maps' numbers, beside the colour bar; empty where it is not known.
+        title: stands above the row, such as the method that made its maps; empty for none.
     """
 
     image: NDArray[np.float32]
-    maps: NDArray[np.float32]
+    maps: NDArray[np.floating]
     classes: tuple[int, ...]
+    unit: str = ""
+    title: str = ""
 
 
 def draw(rows: Sequence[Row], style: Style) -> bytes:
@@ -129,14 +132,14 @@ def draw(rows: Sequence[Row], style: Style) -> bytes:
     Raises:
         InvalidOption: the drawing would have more than MAX_PIXELS_DRAWN pixels.
     """
-    labelled = len(rows) > 1 or len(rows[0].classes) > 1 or style.layout is Layout.SIDE_BY_SIDE
+    labelled = len(rows) > 1 or rows[0].title != "" or len(rows[0].classes) > 1 or style.layout is Layout.SIDE_BY_SIDE
     lettering = _Lettering.for_size(style.size)
     widths, heights = [], []
     for row in rows:
         width, height = _panel_size(row, style)
         panel_count = len(row.classes) + (style.layout is Layout.SIDE_BY_SIDE)
         widths.append(panel_count * max(width, labelled * 3 * lettering.line_height))  # 3: a narrow panel with label and bar
-        heights.append(height + labelled * 2 * lettering.line_height)  # a label and a gap
+        heights.append(height + (labelled * 2 + (row.title != "")) * lettering.line_height)  # a label, a gap and a title
     pixel_count = max(widths) * sum(heights)
     if pixel_count > MAX_PIXELS_DRAWN:
         raise InvalidOption(
@@ -269,8 +272,9 @@ def _draw_row(row: Row, style: Style, lettering: _Lettering) -> Image.Image:
     names += [(f"class {target}", str(target)) for target in row.classes]
     cells = [_label(panel, choices, lettering) for panel, choices in zip(panels, names, strict=True)]
     if style.layout is Layout.SIDE_BY_SIDE and limit > 0 and panels[0].height >= 2 * lettering.font.size:
-        cells.append(_label(_draw_bar(panels[0].height, limit, style, lettering), ("",), lettering))
-    return _join(cells, lettering.gap)
+        cells.append(_label(_draw_bar(panels[0].height, limit, row.unit, style, lettering), ("",), lettering))
+    line = _join(cells, lettering.gap)
+    return _label(line, (row.title,), lettering) if row.title else line
 
 
 def _label(panel: Image.Image, choices: Sequence[str], lettering: _Lettering) -> Image.Image:
@@ -283,7 +287,7 @@ def _label(panel: Image.Image, choices: Sequence[str], lettering: _Lettering) ->
     return cell
 
 
-def _draw_bar(height: int, limit: float, style: Style, lettering: _Lettering) -> Image.Image:
+def _draw_bar(height: int, limit: float, unit: str, style: Style, lettering: _Lettering) -> Image.Image:
     """Draw the colours of all numbers from the highest down, with their limits and, where there is room, their unit."""
     lowest = 0 if style.polarity in (Polarity.ABSOLUTE, Polarity.POSITIVE) else -1
     highest = 0 if style.polarity is Polarity.NEGATIVE else 1
@@ -296,11 +300,10 @@ def _draw_bar(height: int, limit: float, style: Style, lettering: _Lettering) ->
     for y, text, anchor in ticks:
         ImageDraw.Draw(scale).text((0, y), text, "black", lettering.font, anchor=anchor)
     images = [bar, scale]
-    unit_length = ceil(lettering.font.getlength(UNIT))
-    if unit_length <= height:
-        unit = Image.new("RGB", (height, lettering.line_height), "white")
-        ImageDraw.Draw(unit).text((height / 2, 0), UNIT, "black", lettering.font, anchor="ma")
-        images.append(unit.transpose(Image.Transpose.ROTATE_90))
+    if unit and ceil(lettering.font.getlength(unit)) <= height:
+        column = Image.new("RGB", (height, lettering.line_height), "white")
+        ImageDraw.Draw(column).text((height / 2, 0), unit, "black", lettering.font, anchor="ma")
+        images.append(column.transpose(Image.Transpose.ROTATE_90))
     return _join(images, lettering.gap)
 
 

@@ -226,7 +226,7 @@ def check_error(reply: requests.Response, status: int, kind: str) -> None:
     assert content.keys() == {"error"}
     assert content["error"].keys() == {"code", "type", "message"}
     assert (content["error"]["code"], content["error"]["type"]) == (status, kind)
-    assert content["error"]["message"].startswith("got ")
+    assert content["error"]["message"].startswith("expected ")
 
 
 def ask_at_once(server: TorchServe, batch: list[Arguments]) -> list[requests.Response]:

@@ -145,7 +145,7 @@ def check_bad_images(reply: requests.Response, status: int, kind: str, indices: 
     assert reply.headers["content-type"] == "application/json"
     error = reply.json()["error"]
     assert (error["code"], error["type"], error.get("indices", [])) == (status, kind, indices)
-    assert error["message"].startswith("got ")
+    assert error["message"].startswith("expected ")
     if indices:
         assert f"at index {', '.join(map(str, indices))}; " in error["message"]
 

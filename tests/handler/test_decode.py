@@ -144,7 +144,9 @@ GOOD_JPEG = encode(Image.effect_noise((64, 64), 50), "JPEG")
     ],
 )
 def test_bytes_that_are_no_whole_image_are_refused(content: bytes) -> None:
-    with pytest.raises(UnreadableImage, match=r"^got [\d,]+ bytes .* PNG, JPEG, GIF, BMP, TIFF, WEBP$"):
+    with pytest.raises(
+        UnreadableImage, match=r"^expected an? .*image file \(PNG, JPEG, GIF, BMP, TIFF, WEBP\), got [\d,]+ bytes of "
+    ):
         decode_image(content)
 
 
@@ -206,13 +208,15 @@ def test_numbers_become_intensities(value: float, rest: int, expected: float, so
     ids=lambda value: str(value)[:12],
 )
 def test_number_out_of_range_is_refused_with_its_place(value: float, rest: float) -> None:
-    with pytest.raises(InvalidPixel, match=r"^got .* at row 3, column 5; integers from 0 to 255, or floats from 0.0 to 1.0"):
+    with pytest.raises(
+        InvalidPixel, match=r"^expected integers from 0 to 255, or floats from 0.0 to 1.0, got .* at row 3, column 5$"
+    ):
         decode_numbers(numbers(value, rest=rest), 28, 28)
 
 
 @pytest.mark.parametrize("value", [True, None, "3", [1], {}], ids=str)
 def test_pixel_that_is_no_number_is_refused(value: object) -> None:
-    with pytest.raises(InvalidPixel, match="among the pixels; numbers are accepted"):
+    with pytest.raises(InvalidPixel, match=r"expected numbers as pixels, got .* among them"):
         decode_numbers(numbers(value), 28, 28)
 
 
@@ -230,7 +234,7 @@ def test_pixel_that_is_no_number_is_refused(value: object) -> None:
     ids=["empty", "flat", "narrow", "short", "ragged", "three deep", "row that is no list"],
 )
 def test_numbers_of_another_shape_are_refused(rows: list[object], shape: str) -> None:
-    with pytest.raises(WrongShape, match=rf"^got numbers of shape {shape}; \(28, 28\) is accepted$"):
+    with pytest.raises(WrongShape, match=rf"^expected numbers of shape \(28, 28\), got {shape}$"):
         decode_numbers(rows, 28, 28)
 
 
@@ -238,7 +242,7 @@ def test_jpeg_of_very_many_scans_is_refused() -> None:
     """Each scan is a pass over all pixels, and takes a few bytes: a small file could hold a worker for hours."""
     scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00\x00"
     decode_image(GOOD_JPEG)
-    with pytest.raises(UnreadableImage, match="got a JPEG of more than 20 scans"):
+    with pytest.raises(UnreadableImage, match="expected a JPEG of at most 20 scans, got more"):
         decode_image(GOOD_JPEG[:-2] + 20 * scan + GOOD_JPEG[-2:])
 
 
@@ -272,7 +276,7 @@ COSTLY = {
 @pytest.mark.parametrize("name", COSTLY)
 def test_file_that_takes_too_many_steps_is_refused(name: str) -> None:
     """Pillow loops in Python over all of these: at the limit of a body they would hold a worker for many seconds."""
-    with pytest.raises(ImageTooLarge, match="got image files of too many chunks, segments, tags or progressive bytes"):
+    with pytest.raises(ImageTooLarge, match="got files of too many chunks, segments, tags or progressive bytes"):
         decode_image(COSTLY[name])
 
 
@@ -297,7 +301,7 @@ def test_ordinary_files_take_few_steps() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        pytest.param(tiff_with_tag(1_100_000), "got a TIFF with a tag of more than 1,000,000 bytes", id="long tag"),
+        pytest.param(tiff_with_tag(1_100_000), "expected tags of at most 1,000,000 bytes in a TIFF", id="long tag"),
         pytest.param(encode(Image.new("L", (9, 9)), "TIFF", compression="lzma"), "TIFF with LZMA compression", id="LZMA"),
         pytest.param(
             b"BM"

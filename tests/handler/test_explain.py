@@ -181,12 +181,12 @@ def test_only_rows_that_ask_are_paid_for() -> None:
 
 @pytest.mark.parametrize("target", [-1, 10])
 def test_target_that_is_no_class_is_refused(network: nn.Module, digit_batch: torch.Tensor, target: int) -> None:
-    with pytest.raises(IndexError, match=rf"got class {target}; the network has the classes 0 to 9"):
+    with pytest.raises(IndexError, match=rf"expected a class from 0 to 9, got {target}"):
         predict_and_explain(network, digit_batch[:1], [(target,)])
 
 
 def test_rows_and_targets_must_be_as_many(network: nn.Module, digit_batch: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="got 1 targets for 2 rows"):
+    with pytest.raises(ValueError, match="expected one target and one method for each of 2 rows, got 1 targets"):
         predict_and_explain(network, digit_batch[:2], [(1,)])
 
 

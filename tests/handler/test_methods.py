@@ -4,6 +4,8 @@ Images are dithered: where max pools tie, which of the equals wins depends on ro
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import captum.attr
 import numpy as np
@@ -19,11 +21,14 @@ from handler.gradients.methods import (
     GRADIENT,
     METHODS,
     Aggregate,
+    Array,
     Baseline,
     GradientXInput,
     IntegratedGradients,
     LossGradient,
     Method,
+    Sampled,
+    SamplingMethod,
     SmoothGrad,
 )
 from model.network import MNIST_MEAN
@@ -386,3 +391,80 @@ def test_table_names_each_method_once() -> None:
     assert {type(method) for method in ALL_METHODS} == set(METHODS.values())
     assert all(name == method.name for name, method in METHODS.items())
     assert all(method().values == {name: one.default for name, one in method.parameters().items()} for method in METHODS.values())
+
+
+# --- a method that only scores
+
+
+@dataclass(frozen=True, slots=True)
+class Occlusion(SamplingMethod):
+    """What covering each quarter of the image with zeros costs the score (after Zeiler and Fergus, arXiv 1311.2901)."""
+
+    name: ClassVar[str] = "occlusion"
+    description: ClassVar[str] = "what covering a part of the image costs the score"
+    needs_gradients: ClassVar[bool] = False
+
+    @property
+    def gradient_count(self) -> int:
+        return 4
+
+    def points(self, pixels: Array, mean: Array | None) -> Array:
+        points = np.repeat(pixels[None], 4, axis=0)
+        for point, (y, x) in zip(points, QUARTERS, strict=True):
+            point[:, y, x] = 0
+        return points
+
+    def combine(self, sampled: Sampled) -> tuple[Array, None]:
+        assert sampled.gradients.shape[:2] == (4, 0)
+        maps = np.empty((len(sampled.scores), *sampled.pixels.shape), sampled.pixels.dtype)
+        for (y, x), scores in zip(QUARTERS, sampled.point_scores, strict=True):
+            maps[..., y, x] = (sampled.scores - scores)[:, None, None, None]
+        return maps, None
+
+
+QUARTERS = [(y, x) for y in (slice(0, 14), slice(14, 28)) for x in (slice(0, 14), slice(14, 28))]
+
+
+class CountsPullBacks(Autograd):
+    """Counts what is differentiated."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network)
+        self.count = 0
+
+    def pull_back(self, saved: Any, cotangents: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return super().pull_back(saved, cotangents)
+
+
+def test_method_that_only_scores_is_never_differentiated(network: nn.Module, digit_batch: torch.Tensor) -> None:
+    pixels = digit_batch[:3]
+    passes = CountsPullBacks(network)
+    logits, explanations = predict_and_explain(passes, pixels, [(None,), (2, 5), ()], methods=[Occlusion()] * 3)
+    assert passes.count == 0
+    assert explanations[2] is None
+    for row, classes in ((0, [int(logits[0].argmax())]), (1, [2, 5])):
+        explanation = explanations[row]
+        assert explanation is not None
+        assert list(explanation.classes) == classes
+        for y, x in QUARTERS:
+            covered = pixels[row : row + 1].clone()
+            covered[..., y, x] = 0
+            drop = (network(pixels[row : row + 1]) - network(covered))[0, classes].detach().numpy()
+            np.testing.assert_allclose(
+                explanation.maps[:, 0, y, x],
+                np.broadcast_to(drop[:, None, None], (len(classes), 14, 14)),
+                atol=2e-5 * np.abs(logits).max(),
+            )
+
+
+def test_methods_that_score_and_methods_that_differentiate_share_a_group(network: nn.Module, digit_batch: torch.Tensor) -> None:
+    pixels = digit_batch[:2]
+    methods = [Occlusion(), SmoothGrad(samples=3)]
+    _, together = predict_and_explain(network, pixels, [(1,), (1,)], methods=methods)
+    for row, method in enumerate(methods):
+        _, (alone,) = predict_and_explain(network, pixels[row : row + 1], [(1,)], methods=[method])
+        one = together[row]
+        assert one is not None
+        assert alone is not None
+        np.testing.assert_allclose(one.maps, alone.maps, rtol=0, atol=1e-5 * np.abs(alone.maps).max())

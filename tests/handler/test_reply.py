@@ -120,4 +120,4 @@ def test_reply_that_is_too_large_by_itself_is_a_413() -> None:
     fitted, neighbour = fit_batch([Reply(200, "application/x-npy", bytes(2000)), small], max_bytes=1000)
     assert neighbour == small
     assert fitted.status == 413
-    assert "got a request whose reply has 2,000 bytes; up to 1,000 are sent" in fitted.body.decode()
+    assert "expected a reply of at most 1,000 bytes, got a request whose reply has 2,000" in fitted.body.decode()

@@ -542,7 +542,8 @@ def test_network_that_fails_on_one_part_fails_only_the_requests_in_it(
         pytest.param(
             {"body": {"instances": [BASE64_IMAGE, "x", BASE64_IMAGE, {"data": BASE64_IMAGE, "target": 99}, "abcd"]}},
             [1, 3, 4],
-            "got 3 bad of 5 images, at index 1, 3, 4; at 1: got 'x' in 'data'; ",
+            "expected 5 good images, got 3 bad, at index 1, 3, 4; at 1: expected standard base64 with padding in 'data', "
+            "got 'x'; ",
             id="v1",
         ),
         pytest.param(
@@ -552,25 +553,26 @@ def test_network_that_fails_on_one_part_fails_only_the_requests_in_it(
                 }
             },
             [0],
-            "at 0: got an array of 2 images as one of several; one image is accepted",
+            "at 0: expected one image as one of several, got an array of 2",
             id="array in an instance",
         ),
         pytest.param(
             {"body": {"inputs": [{"name": "x", "shape": [2], "datatype": "BYTES", "data": ["", BASE64_IMAGE]}]}},
             [0],
-            "got 1 bad of 2 images, at index 0; at 0: got an empty text",
+            "expected 2 good images, got 1 bad, at index 0; at 0: expected the base64 of an image file in",
             id="v2 bytes",
         ),
         pytest.param(
             {"body": bytearray(npy(np.array([0, 2, 0, 2, 0])[:, None, None] * np.ones((28, 28))))},
             [1, 3],
-            "got 2 bad of 5 images, at index 1, 3; at 1, 3: got 2.0 at row 0, column 0; floats from 0.0 to 1.0 are accepted",
+            "expected 5 good images, got 2 bad, at index 1, 3; at 1, 3: expected floats from 0.0 to 1.0, "
+            "got 2.0 at row 0, column 0",
             id="npy",
         ),
         pytest.param(
             {"body": {"inputs": [{"name": "x", "shape": [1, 28, 28], "datatype": "UINT8", "data": [256] * 784}]}},
             [0],
-            "got 1 bad of 1 images, at index 0; at 0: got 256 at row 0",
+            "expected 1 good images, got 1 bad, at index 0; at 0: expected integers from 0 to 255, got 256 at row 0",
             id="v2 numbers",
         ),
         pytest.param(
@@ -596,7 +598,7 @@ def test_single_npy_image_has_an_error_without_index(handler: SaliencyHandler, t
     error = json.loads(body)["error"]
     assert status == 400
     assert error.keys() == {"code", "type", "message"}
-    assert error["message"] == "got 2.0 at row 0, column 0; floats from 0.0 to 1.0 are accepted"
+    assert error["message"] == "expected floats from 0.0 to 1.0, got 2.0 at row 0, column 0"
 
 
 def test_more_maps_than_are_allowed_are_refused_before_the_network_runs(handler: SaliencyHandler, tmp_path: Path) -> None:
@@ -607,7 +609,7 @@ def test_more_maps_than_are_allowed_are_refused_before_the_network_runs(handler:
     assert status == 413
     assert json.loads(body)["error"]["type"] == "RequestTooLarge"
     assert watched.forwards == []
-    assert "got 103 images with 1030 targets in all; up to 1024" in json.loads(body)["error"]["message"]
+    assert "expected at most 1024 maps, got 103 images with 1030 targets in all" in json.loads(body)["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -637,7 +639,7 @@ def test_more_work_than_is_allowed_is_refused_before_the_network_runs(
         assert status == 500  # it was let through
         return
     assert (status, json.loads(body)["error"]["type"]) == (413, "RequestTooLarge")
-    assert f"got {count} images whose maps take {gradients:,} gradients in all" in json.loads(body)["error"]["message"]
+    assert f"got {count} images whose maps take {gradients:,}: ask for fewer" in json.loads(body)["error"]["message"]
     ((status, _, _),) = answer(handler, [(row, {"explain": "False"})], tmp_path / "unpacked")
     assert status == 500  # a prediction takes none
 
@@ -655,7 +657,8 @@ def test_mean_baseline_of_a_network_that_does_not_say_it_is_refused(
     refused, *others = answer(handler, batch, tmp_path / "unpacked")
     assert (refused[0], [status for status, _, _ in others]) == (400, [200, 200])
     assert (
-        "got a method that needs the mean image, and this network does not say it" in json.loads(refused[2])["error"]["message"]
+        "expected a method that works without the mean image, which this network does not say"
+        in json.loads(refused[2])["error"]["message"]
     )
 
 
@@ -670,7 +673,7 @@ def test_images_of_one_request_share_a_limit_of_pixels(handler: SaliencyHandler,
     ((status, _, body),) = answer(handler, [(row, {})], tmp_path / "unpacked")
     error = json.loads(body)["error"]
     assert (status, error["type"], error["indices"]) == (413, "ImageTooLarge", [2])
-    assert "up to 16,000,000 pixels, in all images of a request together, are accepted" in error["message"]
+    assert "expected at most 16,000,000 pixels in all images of a request together" in error["message"]
 
 
 def test_blank_images_count_among_those_that_are_searched(handler: SaliencyHandler, tmp_path: Path) -> None:
