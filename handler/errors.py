@@ -15,6 +15,7 @@
         +-- UnreadableImage    400  not an image of an accepted format, or a damaged one
         +-- UnreadableArray    400  an .npy that is damaged, or whose elements are no pixels
         +-- BlankImage       422  there is no ink in the image
+        +-- SeveralDigits      422  more than one digit in the image
         +-- NotAcceptable      406  the Accept header allows no reply that could be given
         +-- ImageTooLarge      413  more pixels, or more parts of a file, than are decoded
         +-- RequestTooLarge    413  more images, maps or gradients than one request may ask for
@@ -102,6 +103,12 @@ class UnreadableArray(ClientError):
 
 class BlankImage(ClientError):
     """There is no ink in the image."""
+
+    status = 422
+
+
+class SeveralDigits(ClientError):
+    """There is more than one digit in the image."""
 
     status = 422
 

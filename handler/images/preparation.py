@@ -26,6 +26,19 @@ class Prepare(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class ImageWarning:
+    """What may make an answer wrong, and cannot be known here.
+
+    Attributes:
+        type: one of few names, for programs.
+        message: for people.
+    """
+
+    type: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class PreparedImage:
     """An image, ready for the network, and what was done to it: pixels = slope * rows @ grey @ columns.T + offset.
 
@@ -40,6 +53,7 @@ class PreparedImage:
         threshold: contrast to the paper, 0-1, from which a pixel was taken for ink; None likewise.
         source: what the image was sent as, such as "PNG image".
         sent: float32 (H, W), its grey levels as sent, where maps are asked for in its own pixels.
+        warnings: what was met on the way that may make the answer wrong.
     """
 
     rows: Array
@@ -52,6 +66,7 @@ class PreparedImage:
     threshold: float | None = None
     source: str = "pixels"
     sent: Array | None = None
+    warnings: tuple[ImageWarning, ...] = ()
 
     @property
     def inverted(self) -> bool:
