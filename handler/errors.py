@@ -35,6 +35,7 @@ class ServiceError(Exception):
 
     Attributes:
         indices: in a request with several images, which of them are bad, from 0.
+        as_text: whether the reply's `error` is the message alone, as the Open Inference Protocol has it.
     """
 
     status: ClassVar[int] = 500
@@ -43,6 +44,7 @@ class ServiceError(Exception):
         super().__init__(message)
         self.message = message
         self.indices = indices
+        self.as_text = False
 
 
 class InternalError(ServiceError):

@@ -14,17 +14,24 @@ MAX_MAPS = 1024
 # Gradients of one image that a request's maps take: images x targets x points of the method. A CPU needs 0.15 ms for each: more
 # than half a second together, and a full batch of such requests stays inside the worker's time limit too.
 MAX_GRADIENTS = 4096
-# Numbers in all maps of a request in the pixels of its images, where the reply holds them: 1200 x 1200. As nested JSON they have
-# up to 20 MB. A reply that only draws them may have MAX_PIXELS.
+# Numbers in all maps of a request in the pixels of its images, where the reply holds them. As nested JSON 1200 x 1200 have up to
+# 20 MB, as .npy 14 MB are 3.6 million. A reply that only draws them may have MAX_PIXELS.
 MAX_IMAGE_MAP_NUMBERS = 1_440_000
+MAX_IMAGE_MAP_NUMBERS_NPY = 3_600_000
 # Images of a request in which the digit has to be looked for, found or not. Each takes a CPU about 10 ms, and of more than 200
 # pixels a side 50: three seconds together. Images that have the network's framing already do not count.
 MAX_PREPARED_IMAGES = 64
+MAX_BODY_BYTES = (
+    32 * 1024 * 1024
+)  # of a body once it is decompressed: as many as TorchServe takes (serve_config/config.properties)
 MAX_ID_CHARACTERS = 1000  # of a request's id, which the reply repeats
 
 # --- image files and arrays
 
 MAX_PIXELS = 16_000_000  # of all images of a request, 4000 x 4000; read from the header, before any pixel is allocated
+# Of a JPEG, which is decoded at a half, a quarter or an eighth of its size where it has more than MAX_PIXELS: A4 at 600 dpi has
+# 35 million. Its compressed data are read whole all the same, which is why there is an end.
+MAX_JPEG_PIXELS = 64_000_000
 MAX_SIDE = 16_000  # pixels of the longer side: what is computed for each row and column of an image stays small
 # A progressive JPEG may have any number of scans, and each costs a pass over all pixels, however few bytes it has. Encoders write
 # about ten.

@@ -6,16 +6,28 @@ Knows neither torch nor TorchServe.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from handler.errors import BlankImage, ClientError, InvalidOption, RequestTooLarge, WrongShape, join_errors
-from handler.images.arrays import NPY_MAGIC, Tensor, decode_npy, decode_numbers, decode_tensor
+from handler.errors import BlankImage, ClientError, ImageTooLarge, InvalidOption, RequestTooLarge, WrongShape, join_errors
+from handler.images.arrays import NPY_MAGIC, Decoded, Tensor, decode_npy, decode_numbers, decode_tensor
 from handler.images.decode import DecodedImage, DecodingBudget, decode_image
 from handler.images.digits import prepare_digit
-from handler.images.preparation import Prepare, PreparedImage, leave_unchanged, scale_image
-from handler.limits import MAX_GRADIENTS, MAX_IMAGE_MAP_NUMBERS, MAX_IMAGES, MAX_MAPS, MAX_PIXELS, MAX_PREPARED_IMAGES
+from handler.images.preparation import Prepare, PreparedImage, scale_image
+from handler.limits import (
+    MAX_GRADIENTS,
+    MAX_IMAGE_MAP_NUMBERS,
+    MAX_IMAGE_MAP_NUMBERS_NPY,
+    MAX_IMAGES,
+    MAX_MAPS,
+    MAX_PIXELS,
+    MAX_PREPARED_IMAGES,
+)
 from handler.protocol.options import Options, Space
 from handler.protocol.request import Payload, ReplyFormat, Request
 
-Decoded = DecodedImage | ClientError  # an error in the place of a bad image
+MAP_NUMBERS = {
+    ReplyFormat.JSON: MAX_IMAGE_MAP_NUMBERS,
+    ReplyFormat.NPY: MAX_IMAGE_MAP_NUMBERS_NPY,
+    ReplyFormat.PNG: MAX_PIXELS,
+}  # that all maps of a request may have in the pixels of its images
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +60,15 @@ def preprocess(request: Request, height: int, width: int, *, has_mean: bool = Tr
         RequestTooLarge: more than MAX_PREPARED_IMAGES have to be prepared, more than MAX_MAPS maps were asked for, maps that
             take more than MAX_GRADIENTS, or maps of too many pixels.
     """
-    decoded, options, listed = _decode_all(request, height, width)
+    try:
+        return _preprocess(request, height, width, has_mean=has_mean)
+    except ClientError as error:
+        error.as_text = request.infer is not None
+        raise
+
+
+def _preprocess(request: Request, height: int, width: int, *, has_mean: bool) -> PreparedRequest:
+    decoded, options, listed = _decode_all(request)
     images: list[PreparedImage] = []
     errors: dict[int, ClientError] = {}
     prepared_count = 0
@@ -71,7 +91,7 @@ def preprocess(request: Request, height: int, width: int, *, has_mean: bool = Tr
     explained = [asked for asked in options if asked.explain]
     if explained:
         _require_few_maps(explained, has_mean=has_mean)
-        _require_map_numbers(images, options, MAX_PIXELS if request.reply_format is ReplyFormat.PNG else MAX_IMAGE_MAP_NUMBERS)
+        _require_map_numbers(images, options, MAP_NUMBERS[request.reply_format])
     return PreparedRequest(request, tuple(images), tuple(options), listed)
 
 
@@ -106,7 +126,7 @@ def _require_map_numbers(images: Sequence[PreparedImage], options: Sequence[Opti
         )
 
 
-def _decode_all(request: Request, height: int, width: int) -> tuple[list[Decoded], list[Options], bool]:
+def _decode_all(request: Request) -> tuple[list[Decoded], list[Options], bool]:
     """Decode every part of a request.
 
     Returns:
@@ -115,31 +135,29 @@ def _decode_all(request: Request, height: int, width: int) -> tuple[list[Decoded
     budget = DecodingBudget()
     first = request.parts[0]
     if not isinstance(first, ClientError) and (not request.listed or isinstance(first.payload, Tensor)):  # the only part
-        decoded = _decode(first.payload, budget, height, width)
+        decoded = _decode(first.payload, budget)
         if isinstance(decoded, list):
             return decoded, [first.options] * len(decoded), True
         return [decoded], [first.options], request.listed
-    images = [
-        part if isinstance(part, ClientError) else _decode_one(part.payload, budget, height, width) for part in request.parts
-    ]
+    images = [part if isinstance(part, ClientError) else _decode_one(part.payload, budget) for part in request.parts]
     return images, [Options() if isinstance(part, ClientError) else part.options for part in request.parts], True
 
 
-def _decode(payload: Payload, budget: DecodingBudget, height: int, width: int) -> DecodedImage | list[Decoded]:
+def _decode(payload: Payload, budget: DecodingBudget) -> DecodedImage | list[Decoded]:
     """Decode an image, or an array that is a list of them."""
     if isinstance(payload, Tensor):
-        return decode_tensor(payload, height, width)
+        return decode_tensor(payload)
     if isinstance(payload, list):
-        return decode_numbers(payload, height, width)
+        return decode_numbers(payload)
     if payload.startswith(NPY_MAGIC):
-        return decode_npy(payload, height, width)
+        return decode_npy(payload)
     return decode_image(payload, budget)
 
 
-def _decode_one(payload: Payload, budget: DecodingBudget, height: int, width: int) -> Decoded:
+def _decode_one(payload: Payload, budget: DecodingBudget) -> Decoded:
     """Decode an image that is one of several."""
     try:
-        decoded = _decode(payload, budget, height, width)
+        decoded = _decode(payload, budget)
     except ClientError as error:
         return error
     if not isinstance(decoded, list):
@@ -150,13 +168,18 @@ def _decode_one(payload: Payload, budget: DecodingBudget, height: int, width: in
 
 
 def _prepare(decoded: Decoded, asked: Options, height: int, width: int) -> PreparedImage:
-    """Numbers need no preprocessing unless the request asks for it; images get it unless the request says not to."""
+    """Prepare one image as it was asked for. Maps in its own pixels need these."""
     if isinstance(decoded, ClientError):
         raise decoded
-    if decoded.is_canonical and asked.prepare is None:
-        image = leave_unchanged(decoded.grey, decoded.source)
-    elif asked.prepare is Prepare.NONE:
-        image = scale_image(decoded.grey, height, width, decoded.source)
-    else:
-        image = prepare_digit(decoded.grey, height, width, decoded.source)
-    return replace(image, sent=decoded.grey) if asked.explain and asked.space is Space.IMAGE else image
+    prepare = scale_image if asked.prepare is Prepare.NONE else prepare_digit
+    image = prepare(decoded.grey, height, width, decoded.source)
+    if decoded.reduction > 1 and image.ink_box is not None:  # back to the pixels of the file
+        left, top, right, bottom = (side * decoded.reduction for side in image.ink_box)
+        image = replace(image, ink_box=(left, top, right, bottom))
+    if not (asked.explain and asked.space is Space.IMAGE):
+        return image
+    if decoded.reduction > 1:
+        raise ImageTooLarge(
+            f"expected an image of at most {MAX_PIXELS:,} pixels for maps in the space '{Space.IMAGE}', got a larger JPEG"
+        )
+    return replace(image, sent=decoded.grey)

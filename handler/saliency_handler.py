@@ -24,15 +24,15 @@ from handler.errors import InternalError, Overloaded, ServiceError
 from handler.gradients.compiled import COMPILED_PASS_FILE, load_compiled_pass
 from handler.gradients.cuda_graphs import record
 from handler.gradients.explain import Explanation, compute_exactly, freeze, predict_and_explain
-from handler.gradients.methods import softmax
-from handler.images.preparation import PreparedImage
+from handler.images.preparation import ImageWarning, PreparedImage
 from handler.limits import MAX_BATCH_SECONDS, MAX_FORWARD_IMAGES, MAX_GRADIENTS
 from handler.preprocess import PreparedRequest, preprocess
 from handler.protocol.describe import describe_service
 from handler.protocol.options import Options
-from handler.protocol.reply import Reply, Result, fit_batch, render_description, render_error, render_results
+from handler.protocol.reply import REPLY_HEADERS, Reply, Result, fit_batch, render_description, render_error, render_results
 from handler.protocol.request import ROUTE_HEADER, is_describe_request, parse_request, read_correlation_id
 from handler.runtime.archive import load_network, mean_pixel_of, verify_files
+from handler.runtime.calibration import read_calibration
 from handler.runtime.malloc import IdleTrimmer, keep_freed_memory
 from handler.runtime.metrics import Meter, Step, TimedPasses, answer_of
 from handler.torchserve import adapt_worker, emitter_to_frontend, leave_with_a_lost_gpu
@@ -41,10 +41,10 @@ logger = logging.getLogger(__name__)
 
 # TorchServe puts an id of its own into every reply's X-Request-Id, over anything that stands there.
 CORRELATION_HEADER = "X-Correlation-Id"
+EXPOSED_HEADERS = ", ".join((CORRELATION_HEADER, "X-Request-Id", *REPLY_HEADERS))
 
-Inferred = tuple[
-    NDArray[np.float32], NDArray[np.float64], Explanation | None
-]  # of one image: logits and probabilities (K,), maps
+# Of one image: logits and probabilities (K,), the maps, and what the scores say against the answer.
+Inferred = tuple[NDArray[np.float32], NDArray[np.float64], Explanation | None, tuple[ImageWarning, ...]]
 
 
 class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
@@ -78,6 +78,7 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         self.input_shape = cast(tuple[int, int, int], network.INPUT_SHAPE)  # channels, height, width
         self.class_count = cast(int, network.CLASS_COUNT)
         self.mean_pixel = mean_pixel_of(network, self.input_shape[0])
+        self.calibration = read_calibration(model_dir)
         self.model_description = {
             "name": context.model_name,
             "version": manifest["modelVersion"],
@@ -130,6 +131,8 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             context.set_response_content_type(index, reply.content_type)
             for name, value in reply.headers.items():
                 context.set_response_header(index, name, value)
+            if any(name.lower() == "origin" for name in headers[index]):  # a script in a browser, which may read no others
+                context.set_response_header(index, "Access-Control-Expose-Headers", EXPOSED_HEADERS)
             correlation_id = read_correlation_id(headers[index])
             if correlation_id is not None:
                 context.set_response_header(index, CORRELATION_HEADER, correlation_id)
@@ -177,7 +180,9 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 )
                 self.meter.see(logits)
                 self.meter.lap(Step.MAP)
-                yield from zip(logits, softmax(logits), explanations, strict=True)
+                yield from zip(
+                    logits, self.calibration.probabilities(logits), explanations, self.calibration.warnings(logits), strict=True
+                )
             except ServiceError as error:
                 yield from [error] * len(part)
             except Exception as error:  # noqa: BLE001  # answered in this API's own form
@@ -195,20 +200,20 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 results, request.reply_format, self.model_description, listed=prepared.listed, infer=request.infer
             )
         except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
-            return _render_exception(error)
+            return _render_exception(error, as_text=prepared.request.infer is not None)
 
 
 def _result(image: PreparedImage, options: Options, inferred: Inferred | ServiceError) -> Result:
     """Put together what is known of one image, its maps without their axis of channels and in the pixels that were asked for."""
     if isinstance(inferred, ServiceError):
         raise inferred
-    logits, probabilities, explanation = inferred
+    logits, probabilities, explanation, warnings = inferred
     if explanation is not None:
         maps = explanation.maps.squeeze(1)  # (T, H, W)
         if image.sent is not None:
             maps = options.method.finish(image.pull_back(explanation.gradients.squeeze(1)), image.sent)
         explanation = replace(explanation, maps=maps)
-    return Result(options, image, logits, probabilities, explanation)
+    return Result(options, image, logits, probabilities, explanation, image.warnings + warnings)
 
 
 def _split(pairs: Sequence[tuple[PreparedImage, Options]]) -> Iterator[list[tuple[PreparedImage, Options]]]:
@@ -225,9 +230,11 @@ def _split(pairs: Sequence[tuple[PreparedImage, Options]]) -> Iterator[list[tupl
         yield part
 
 
-def _render_exception(error: Exception) -> Reply:
+def _render_exception(error: Exception, *, as_text: bool = False) -> Reply:
     """Write what a client gets to know of an error: its own mistake, or that there is a defect here."""
-    return render_error(error if isinstance(error, ServiceError) else _internal_error(error))
+    shown = error if isinstance(error, ServiceError) else _internal_error(error)
+    shown.as_text = shown.as_text or as_text
+    return render_error(shown)
 
 
 def _internal_error(error: Exception) -> InternalError:

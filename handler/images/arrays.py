@@ -1,11 +1,13 @@
 """Arrays of pixels (nested numbers, .npy files, tensors of the Open Inference Protocol) -> grey images.
 
 As `decode` part of the trust boundary: what a header declares is checked before anything is allocated, and no pickle is read.
-Knows nothing of TorchServe, HTTP or the network.
+Shapes are the same wherever numbers may stand. Knows nothing of TorchServe, HTTP or the network.
 """
 
 import itertools
+import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -13,9 +15,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from handler.errors import ClientError, EmptyRequest, InvalidPixel, RequestTooLarge, UnreadableArray, WrongShape, shown
+from handler.errors import (
+    ClientError,
+    EmptyRequest,
+    ImageTooLarge,
+    InvalidPixel,
+    RequestTooLarge,
+    UnreadableArray,
+    WrongShape,
+    shown,
+)
 from handler.images.decode import DecodedImage
-from handler.limits import MAX_HEADER_BYTES, MAX_IMAGES
+from handler.limits import MAX_HEADER_BYTES, MAX_IMAGES, MAX_PIXELS, MAX_SIDE
 
 NPY_MAGIC = b"\x93NUMPY"  # how every .npy file starts; no JSON can
 NUMPY_TYPES = {  # the protocol's number types -> numpy's
@@ -23,6 +34,13 @@ NUMPY_TYPES = {  # the protocol's number types -> numpy's
     **{f"INT{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
     **{f"FP{bits}": f"float{bits}" for bits in (16, 32, 64)},
 }
+SHAPES = ("(H, W)", "(H, W, 1)", "(H, W, 3)", "(N, H, W)", "(N, 1, H, W)", "(N, H, W, 1)", "(N, 3, H, W)", "(N, H, W, 3)")
+LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green and blue, as Pillow makes colour grey (ITU-R 601)
+MAX_DEPTH = 4  # of nested lists
+# What numbers look like that were normalised by a mean and a deviation: MNIST's lie between -0.43 and 2.83.
+NORMALISED_RANGE = (-5.0, 5.0)
+
+Decoded = DecodedImage | ClientError  # an error in the place of a bad image
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +50,12 @@ class Tensor:
     Attributes:
         datatype: one of NUMPY_TYPES.
         shape: as declared.
-        data: numbers, flat or nested.
+        data: numbers, flat or nested; or all of them as they came in binary.
     """
 
     datatype: str
     shape: tuple[int, ...]
-    data: list[Any]
+    data: list[Any] | bytes
 
 
 def require_image_count(count: int) -> None:
@@ -52,17 +70,15 @@ def require_image_count(count: int) -> None:
         raise RequestTooLarge(f"expected at most {MAX_IMAGES} images in one request, got {shown(count)}")
 
 
-def decode_npy(content: bytes, height: int, width: int) -> DecodedImage | list[DecodedImage | ClientError]:
-    """Read an .npy of shape (height, width), (N, height, width) or (N, 1, height, width).
-
-    Integers are 0-255, floats 0-1.
+def decode_npy(content: bytes) -> DecodedImage | list[Decoded]:
+    """Read an .npy of one of SHAPES. Integers are 0-255, floats 0-1.
 
     Returns:
         the image; of an array that is a list of images (be it of one) the list, with an error in the place of a bad one.
     Raises:
         UnreadableArray: it is damaged, truncated, or its elements are neither integers nor floats.
         WrongShape: it has another shape.
-        EmptyRequest, RequestTooLarge: it has no images, or too many.
+        EmptyRequest, RequestTooLarge, ImageTooLarge: it has no images, or too many, or too large ones.
     """
     file = BytesIO(content)
     try:
@@ -75,141 +91,184 @@ def decode_npy(content: bytes, height: int, width: int) -> DecodedImage | list[D
         raise UnreadableArray("expected an .npy as numpy.save writes it, got one with a damaged header") from error
     if dtype.kind not in "uif":
         raise UnreadableArray(f"expected an .npy of integers or floats, got one of {shown(str(dtype))}")
-    count, several = _image_count(shape, height, width)
-    size = count * height * width * dtype.itemsize
+    layout = _Layout.of(shape)
+    size = math.prod(shape) * dtype.itemsize
     if len(content) - file.tell() != size:
         raise UnreadableArray(
             f"expected the whole file of an .npy that declares {size:,} bytes of pixels, got {len(content) - file.tell():,}"
         )
     values = np.frombuffer(content, dtype, offset=file.tell()).reshape(shape, order="F" if fortran_order else "C")
     limit = 1 if dtype.kind == "f" else 255
-    images = _read_pixels(values.reshape(count, height, width), limit, f"{dtype.name} array, 0-{limit}")
-    if several:
-        return images
-    if isinstance(images[0], ClientError):
-        raise images[0]
-    return images[0]
+    return layout.images(values, limit, f"{dtype.name} array, 0-{limit}")
 
 
-def decode_tensor(tensor: Tensor, height: int, width: int) -> list[DecodedImage | ClientError]:
-    """Read a tensor of shape [height, width], [N, height, width] or [N, 1, height, width]: integers 0-255 or floats 0-1.
+def decode_tensor(tensor: Tensor) -> list[Decoded]:
+    """Read a tensor of one of SHAPES: integers 0-255 or floats 0-1.
 
+    Returns:
+        a list, be it of one, with an error in the place of a bad image.
     Raises:
         WrongShape: it has another shape, or its data are neither flat nor nested in that shape.
         InvalidPixel: there is something other than numbers among its data, or a number with a fraction among integers.
-        EmptyRequest, RequestTooLarge: it has no images, or too many.
+        EmptyRequest, RequestTooLarge, ImageTooLarge: it has no images, or too many, or too large ones.
     """
-    count, _ = _image_count(tensor.shape, height, width)
-    flat = _flatten(tensor)
+    layout = _Layout.of(tensor.shape)
     dtype = np.dtype(NUMPY_TYPES[tensor.datatype])
-    accepted = (int, float) if dtype.kind == "f" else (int,)
-    odd = set(map(type, flat)) - set(accepted)
-    if odd:
-        value = next(value for value in flat if type(value) in odd)
-        raise InvalidPixel(f"expected numbers as the data of a tensor of {tensor.datatype}, got {shown(value)} among them")
     limit = 1 if dtype.kind == "f" else min(255, np.iinfo(dtype).max)
+    size = math.prod(tensor.shape)
+    if isinstance(tensor.data, bytes):
+        if len(tensor.data) != size * dtype.itemsize:
+            raise WrongShape(
+                f"expected {size * dtype.itemsize:,} bytes for shape {shown(list(tensor.shape))} of {tensor.datatype}, got "
+                f"{len(tensor.data):,}"
+            )
+        values: NDArray[Any] = np.frombuffer(tensor.data, dtype.newbyteorder("<"))
+    else:
+        flat, shape = _flatten(tensor.data)
+        if shape not in (tensor.shape, (size,)):
+            raise WrongShape(
+                f"expected data of shape {shown(list(tensor.shape))} or [{size}], got "
+                f"{'ragged lists' if shape is None else list(shape)}"
+            )
+        odd = set(map(type, flat)) - ({int, float} if dtype.kind == "f" else {int})
+        if odd:
+            value = next(value for value in flat if type(value) in odd)
+            raise InvalidPixel(f"expected numbers as the data of a tensor of {tensor.datatype}, got {shown(value)} among them")
+        values = _as_floats(flat, limit)
+    images = layout.images(values.reshape(tensor.shape), limit, f"{tensor.datatype} tensor, 0-{limit}")
+    return images if isinstance(images, list) else [images]
+
+
+def decode_numbers(nested: list[Any]) -> DecodedImage | list[Decoded]:
+    """Check nested numbers of one of SHAPES and make them intensities: integers are 0-255; where there is a float, all are 0-1.
+
+    Returns:
+        the image; of a list of images (be it of one) the list, with an error in the place of a bad one.
+    Raises:
+        WrongShape: the lists have another shape.
+        InvalidPixel: a value is no number, or of a single image NaN, infinite or out of range.
+        EmptyRequest, RequestTooLarge, ImageTooLarge: there are no images, or too many, or too large ones.
+    """
+    flat, shape = _flatten(nested)
+    if shape is None:
+        raise WrongShape(f"expected evenly nested numbers of shape {' or '.join(SHAPES)}, got ragged lists")
+    layout = _Layout.of(shape)
+    kinds = set(map(type, flat))
+    if not kinds <= {int, float}:
+        odd = next(value for value in flat if type(value) not in (int, float))
+        raise InvalidPixel(f"expected numbers as pixels, got {shown(odd)} among them")
+    limit, source = (1, "floats 0-1") if float in kinds else (255, "integers 0-255")
+    return layout.images(_as_floats(flat, limit).reshape(shape), limit, source)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What the axes of an array are.
+
+    Attributes:
+        count, height, width: of its images.
+        several: whether it is a list of images, be it of one.
+        colour_axis: of red, green and blue, 1 or 3, once there is an axis of images before; None of grey images.
+    """
+
+    count: int
+    height: int
+    width: int
+    several: bool
+    colour_axis: int | None = None
+
+    @classmethod
+    def of(cls, shape: Sequence[int]) -> "_Layout":
+        """Read a shape. Where it could be two things, (3, H, W) is three images, and (1, H, W) a list of one.
+
+        Raises:
+            WrongShape, EmptyRequest, RequestTooLarge, ImageTooLarge
+        """
+        match tuple(shape):
+            case (height, width) | (height, width, 1):
+                layout = cls(1, height, width, several=False)
+            case (height, width, 3) if height > 3:
+                layout = cls(1, height, width, several=False, colour_axis=3)
+            case (count, height, width) | (count, 1, height, width) | (count, height, width, 1):
+                layout = cls(count, height, width, several=True)
+            case (count, 3, height, width):
+                layout = cls(count, height, width, several=True, colour_axis=1)
+            case (count, height, width, 3):
+                layout = cls(count, height, width, several=True, colour_axis=3)
+            case other:
+                raise WrongShape(f"expected shape {' or '.join(SHAPES)}, got {shown(list(other))}")
+        if min(height, width) < 1 or layout.count < 0:
+            raise WrongShape(f"expected shape {' or '.join(SHAPES)}, got {shown(list(shape))}")
+        require_image_count(layout.count)
+        if layout.count * height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
+            raise ImageTooLarge(
+                f"expected at most {MAX_PIXELS:,} pixels in all and at most {MAX_SIDE:,} a side, got an array of shape "
+                f"{shown(list(shape))}"
+            )
+        return layout
+
+    def images(self, values: NDArray[Any], limit: int, source: str) -> DecodedImage | list[Decoded]:
+        """Check the pixels and make them intensities.
+
+        Args:
+            values: numbers, of the shape that was read.
+            limit: the value of full intensity.
+            source: what they were sent as.
+        """
+        grey_shape = (self.count, self.height, self.width)
+        if self.colour_axis is None:
+            pixels = values.reshape(grey_shape)
+        else:
+            colour_shape = (*grey_shape[: self.colour_axis], 3, *grey_shape[self.colour_axis :])
+            pixels = np.moveaxis(values.reshape(colour_shape), self.colour_axis, 3)  # (N, H, W, 3)
+        bad = ~((pixels >= 0) & (pixels <= limit))  # NaN is in no range
+        bad_images = set(np.flatnonzero(bad.reshape(self.count, -1).any(axis=1)).tolist())
+        with np.errstate(over="ignore", invalid="ignore"):  # of bad pixels
+            grey_values = pixels if self.colour_axis is None else pixels.astype(np.float64) @ LUMINANCE
+            grey = grey_values.astype(np.float32) / np.float32(limit if limit == 1 else 255)  # (N, H, W)
+        images: list[Decoded] = [
+            _bad_pixel(pixels[index], bad[index], limit) if index in bad_images else DecodedImage(one, source)
+            for index, one in enumerate(grey)
+        ]
+        if self.several:
+            return images
+        if isinstance(images[0], ClientError):
+            raise images[0]
+        return images[0]
+
+
+def _flatten(nested: list[Any]) -> tuple[list[Any], tuple[int, ...] | None]:
+    """Give nested lists as one list, in row-major order, and their shape: None where they are ragged or too deep."""
+    level = nested
+    shape = [len(level)]
+    while level and any(type(member) is list for member in level):
+        lengths = {len(member) if type(member) is list else -1 for member in level}
+        if len(lengths) > 1 or len(shape) == MAX_DEPTH:
+            return [], None
+        shape.append(lengths.pop())
+        level = list(itertools.chain.from_iterable(level))
+    return level, tuple(shape)
+
+
+def _as_floats(flat: list[Any], limit: int) -> NDArray[np.float64]:
     try:
-        values = np.array(flat, dtype=np.float64)
+        return np.array(flat, dtype=np.float64)
     except OverflowError as error:  # an integer of more than 300 digits
         raise InvalidPixel(f"expected {_accepted(limit)}, got an integer of hundreds of digits") from error
-    return _read_pixels(values.reshape(count, height, width), limit, f"{tensor.datatype} tensor, 0-{limit}")
-
-
-def _image_count(shape: tuple[int, ...], height: int, width: int) -> tuple[int, bool]:
-    """Say how many images an array of this shape holds, and whether it is a list of them."""
-    if shape == (height, width):
-        return 1, False
-    if len(shape) in (3, 4) and shape[-2:] == (height, width) and shape[1:-2] in ((), (1,)) and shape[0] >= 0:
-        require_image_count(shape[0])
-        return shape[0], True
-    raise WrongShape(
-        f"expected shape [{height}, {width}], [N, {height}, {width}] or [N, 1, {height}, {width}], got {shown(list(shape))}"
-    )
-
-
-def _flatten(tensor: Tensor) -> list[Any]:
-    """Give the data of a tensor as one list, in row-major order."""
-    level = tensor.data
-    lengths = [len(level)]
-    while level and isinstance(level[0], list) and len(lengths) < len(tensor.shape):
-        inner = {len(member) if isinstance(member, list) else -1 for member in level}
-        if len(inner) > 1:
-            raise WrongShape(f"expected flat or evenly nested lists for shape {shown(list(tensor.shape))}, got ragged data")
-        lengths.append(inner.pop())
-        level = list(itertools.chain.from_iterable(level))
-    size = int(np.prod(tensor.shape))
-    if lengths != list(tensor.shape) and lengths != [size]:
-        raise WrongShape(f"expected data of shape {shown(list(tensor.shape))} or [{size}], got {lengths}")
-    return level
-
-
-def _read_pixels(values: NDArray[Any], limit: int, source: str) -> list[DecodedImage | ClientError]:
-    """Check the pixels and make them intensities.
-
-    Args:
-        values: numbers (N, H, W).
-        limit: the value of full intensity.
-    """
-    bad = ~((values >= 0) & (values <= limit))  # NaN is in no range
-    bad_images = set(np.flatnonzero(bad.any(axis=(1, 2))).tolist())
-    with np.errstate(over="ignore", invalid="ignore"):  # of bad pixels
-        grey = values.astype(np.float32) / np.float32(limit if limit == 1 else 255)  # (N, H, W)
-    return [
-        _bad_pixel(values[index], bad[index], limit) if index in bad_images else DecodedImage(pixels, source, is_canonical=True)
-        for index, pixels in enumerate(grey)
-    ]
 
 
 def _bad_pixel(values: NDArray[Any], bad: NDArray[np.bool_], limit: int) -> InvalidPixel:
-    row, column = np.argwhere(bad)[0].tolist()
-    value = values[row, column].item()
-    return InvalidPixel(
-        f"expected {_accepted(limit)}, got {shown(value if limit == 1 else int(value))} at row {row}, column {column}"
-    )
+    """Say which pixel is bad, and what its image looks like as a whole."""
+    row, column = np.argwhere(bad)[0][:2].tolist()
+    value = values[tuple(np.argwhere(bad)[0])].item()
+    message = f"expected {_accepted(limit)}, got {shown(value if limit == 1 else int(value))} at row {row}, column {column}"
+    lowest, highest = float(values.min()), float(values.max())  # NaN where there is one
+    if limit == 1 and lowest >= 0 and 1 < highest <= 255:
+        message += "; numbers up to 255 are sent as integers, or divided by 255"
+    elif limit == 1 and NORMALISED_RANGE[0] <= lowest < 0 and highest <= NORMALISED_RANGE[1]:
+        message += "; these look normalised by a mean and a deviation: send the intensities, normalisation is inside the network"
+    return InvalidPixel(message)
 
 
 def _accepted(limit: int) -> str:
     return "floats from 0.0 to 1.0" if limit == 1 else f"integers from 0 to {limit}"
-
-
-def decode_numbers(rows: list[Any], height: int, width: int) -> DecodedImage:
-    """Check nested numbers and make them intensities: integers are 0-255; where there is a float, all are 0-1.
-
-    Args:
-        rows: `height` lists of `width` numbers each.
-    Raises:
-        WrongShape: the lists have another shape.
-        InvalidPixel: a value is no number, NaN, infinite or out of range.
-    """
-    if len(rows) != height or any(not isinstance(row, list) or len(row) != width for row in rows):
-        raise WrongShape(f"expected numbers of shape ({height}, {width}), got {_describe_shape(rows)}")
-    kinds = {kind for row in rows for kind in set(map(type, row))}
-    if not kinds <= {int, float}:
-        odd = next(value for row in rows for value in row if type(value) not in (int, float))
-        raise InvalidPixel(f"expected numbers as pixels, got {shown(odd)} among them")
-    limit, source = (1, "floats 0-1") if float in kinds else (255, "integers 0-255")
-    values = _as_floats(rows)
-    if not np.all((values >= 0) & (values <= limit)):  # false for NaN as well
-        y, x = next(place for place in np.ndindex(height, width) if not 0 <= rows[place[0]][place[1]] <= limit)
-        raise InvalidPixel(
-            f"expected integers from 0 to 255, or floats from 0.0 to 1.0, got {shown(rows[y][x])} at row {y}, column {x}"
-        )
-    return DecodedImage(values.astype(np.float32) / np.float32(limit), source, is_canonical=True)
-
-
-def _as_floats(rows: list[Any]) -> NDArray[np.float64]:
-    try:
-        return np.array(rows, dtype=np.float64)
-    except OverflowError:  # an integer of more than 300 digits
-        return np.full((len(rows), len(rows[0])), np.nan)
-
-
-def _describe_shape(value: object) -> str:
-    """Render the shape of nested lists, "ragged" where their lengths differ."""
-    shape: list[str] = []
-    level = [value]
-    while level and len(shape) < 5 and all(isinstance(member, list) for member in level):
-        lengths = {len(member) for member in level if isinstance(member, list)}
-        shape.append(str(lengths.pop()) if len(lengths) == 1 else "ragged")
-        level = list(itertools.islice(itertools.chain.from_iterable(m for m in level if isinstance(m, list)), 10_000))
-    return f"({', '.join(shape)})"

@@ -15,14 +15,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, JpegImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from handler.errors import ClientError, ImageTooLarge, UnreadableImage
-from handler.limits import MAX_DECODER_OPERATIONS, MAX_JPEG_SCANS, MAX_PIXELS, MAX_SIDE, MAX_TAG_BYTES
+from handler.images.sniff import describe_bytes
+from handler.limits import MAX_DECODER_OPERATIONS, MAX_JPEG_PIXELS, MAX_JPEG_SCANS, MAX_PIXELS, MAX_SIDE, MAX_TAG_BYTES
 
 ACCEPTED_FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP")  # no other decoder of Pillow's is ever tried
 
 
+JPEG_START = b"\xff\xd8\xff"
 JPEG_SCAN_MARKER = b"\xff\xda"  # among compressed data it cannot occur: there 0xff is followed by 0x00
 JPEG_PROGRESSIVE_MARKER = b"\xff\xc2"
 
@@ -51,12 +53,28 @@ PLAIN_PNG = re.compile(rb"\x89PNG\r\n\x1a\n\0\0\0\rIHDR.{8}\x08\0\0\0\0.{8}IDAT"
 PNG_NUMBERS, PNG_NUMBERS_AT = struct.Struct(">II5xII"), 16  # width, height; the header's checksum, the data's size
 PNG_DATA_AT, PNG_SUM_SIZE, PNG_END = 41, 4, b"\0\0\0\0IEND"
 MAX_PLAIN_PIXELS = 65_536  # of larger ones the pixels cost, not how the file is opened
+MAX_FRAMES = 10  # of an animation that are looked at for ink
+BLANK_RANGE = 0.04  # of the grey scale: a frame with less is blank
+USUAL_SCALES = (255, 1023, 4095, 16383, 32767, 65535, 2**24 - 1, 2**31 - 1, 2**32 - 1)  # of integers of more than 8 bits
+USUAL_FLOAT_SCALES = (1, 255, 65535)
+WHITE_IS_ZERO, BLACK_IS_ZERO = 0, 1  # of a TIFF's PhotometricInterpretation; up to 8 bits Pillow itself inverts the former
 INTENSITIES = np.arange(256, dtype=np.float32) / np.float32(255)  # by grey level
 
 logging.getLogger("PIL").setLevel(logging.CRITICAL)  # the reply says what is wrong with a file; the log need not
 
 # Pillow's own guard, for sizes that only show while it decodes (a GIF frame larger than its screen). It raises at twice this.
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2
+_LAYOUTS: Any = (
+    TiffImagePlugin.OPEN_INFO
+)  # byte order, photometric, sample format, fill order, bits, extra samples -> Pillow's modes
+_LAYOUTS.setdefault((b"MM", BLACK_IS_ZERO, (1,), 1, (32,), ()), ("I", "I;32B"))
+for (order, photometric, *layout), (mode, raw_mode) in list(_LAYOUTS.items()):
+    if photometric == BLACK_IS_ZERO and layout[2] in ((16,), (32,)):
+        # libtiff gives pixels in the machine's own order, and Pillow takes that into account for one of these types alone.
+        own = (mode, raw_mode.replace("32B", "32N").replace("16BS", "16NS"))
+        _LAYOUTS[order, photometric, *layout] = own
+        _LAYOUTS.setdefault((order, WHITE_IS_ZERO, *layout), own)  # Pillow knows few deep TIFFs whose zero is white
+_LAYOUTS[b"MM", WHITE_IS_ZERO, (3,), 1, (32,), ()] = ("F", "F;32NF")
 TiffImagePlugin.READ_LIBTIFF = True  # also what is not compressed: Pillow's own loop over strips is in Python
 
 
@@ -67,12 +85,12 @@ class DecodedImage:
     Attributes:
         grey: float32 (H, W), intensity in [0, 1].
         source: what it was sent as, such as "PNG image" or "integers 0-255".
-        is_canonical: sent as numbers, which are taken as what the network knows already.
+        reduction: by how much a large JPEG was made smaller while it was decoded: 1, 2, 4 or 8 times in width and height.
     """
 
     grey: NDArray[np.float32]
     source: str
-    is_canonical: bool = False
+    reduction: int = 1
 
 
 class DecodingBudget:
@@ -138,7 +156,7 @@ class _CountedFile(BytesIO):
 
 
 def decode_image(content: bytes, budget: DecodingBudget | None = None) -> DecodedImage:
-    """Decode an image file to grey: EXIF orientation applied, transparency laid over paper, first frame of several.
+    """Decode an image file to grey: EXIF orientation applied, transparency laid over paper, of several frames the first with ink.
 
     Args:
         content: the file.
@@ -158,21 +176,23 @@ def decode_image(content: bytes, budget: DecodingBudget | None = None) -> Decode
     try:
         with (
             warnings.catch_warnings(action="ignore"),  # of damaged files, whose data they may show, and from half of MAX_PIXELS
-            Image.open(budget.open_file(content), formats=ACCEPTED_FORMATS) as image,
+            _open(budget.open_file(content), content) as image,
         ):
+            reduction = _reduce_large_jpeg(image)
             budget.take_pixels(*image.size)
             if image.info.get("compression") in SLOW_COMPRESSIONS:
                 raise UnreadableImage("expected another compression, got a BMP of run lengths or a TIFF with LZMA")
             budget.take_steps(_steps_of_data(image, content))
-            image.draft("L", None)  # of a JPEG, which stores brightness apart from colour: decode no colour
-            return DecodedImage(_grey(image), source=f"{image.format} image")
+            if reduction == 1:
+                image.draft("L", None)  # of a JPEG, which stores brightness apart from colour: decode no colour
+            return DecodedImage(_first_with_ink(image, budget), f"{image.format} image", reduction)
     except ClientError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(f"expected at most {MAX_PIXELS:,} pixels, got an image that decodes to more") from error
     except UnidentifiedImageError as error:
         raise UnreadableImage(
-            f"expected an image file ({', '.join(ACCEPTED_FORMATS)}), got {len(content):,} bytes of something else"
+            f"expected an image file ({', '.join(ACCEPTED_FORMATS)}), got {len(content):,} bytes of {describe_bytes(content)}"
         ) from error
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         raise UnreadableImage(
@@ -216,29 +236,89 @@ def _steps_of_data(image: Image.Image, content: bytes) -> int:
     return exif_bytes // EXIF_BYTES_A_STEP + is_progressive * len(content) // PROGRESSIVE_BYTES_A_STEP
 
 
+def _open(file: BytesIO, content: bytes) -> Image.Image:
+    """Read a file's header. Large JPEGs pass by Pillow's guard: they are made smaller while they are decoded."""
+    if content.startswith(JPEG_START):
+        return JpegImagePlugin.JpegImageFile(file)
+    return Image.open(file, formats=ACCEPTED_FORMATS)
+
+
+def _reduce_large_jpeg(image: Image.Image) -> int:
+    """Have a JPEG of more than MAX_PIXELS decoded at a half, a quarter or an eighth of its width and height.
+
+    Returns:
+        by how much; 1 where it is none, or small enough.
+    Raises:
+        ImageTooLarge: it has more than MAX_JPEG_PIXELS.
+    """
+    width, height = image.size
+    if image.format != "JPEG" or width * height <= MAX_PIXELS:
+        return 1
+    if width * height > MAX_JPEG_PIXELS or max(width, height) > MAX_SIDE:
+        raise ImageTooLarge(
+            f"expected a JPEG of at most {MAX_JPEG_PIXELS:,} pixels and at most {MAX_SIDE:,} a side, got one of {width} x "
+            f"{height}"
+        )
+    reduction = next(factor for factor in (2, 4, 8) if width * height <= MAX_PIXELS * factor**2)
+    image.draft("L", (width // reduction, height // reduction))
+    return round(width / image.width)
+
+
+def _first_with_ink(image: Image.Image, budget: DecodingBudget) -> NDArray[np.float32]:
+    """Make an image grey; of an animation, or of a TIFF with pages, the first frame that is not blank, or else the first."""
+    first = grey = _grey(image)
+    for frame in range(1, min(getattr(image, "n_frames", 1), MAX_FRAMES)):
+        if np.ptp(grey) > BLANK_RANGE:
+            return grey
+        image.seek(frame)
+        budget.take_pixels(*image.size)
+        grey = _grey(image)
+    return grey if np.ptp(grey) > BLANK_RANGE else first
+
+
 def _grey(image: Image.Image) -> NDArray[np.float32]:
     image.load()  # a TIFF turns itself upright then, and forgets its orientation
     turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1)) if any(map(image.info.get, EXIF_HOLDERS)) else None
-    full_scale = 65535 if image.mode.startswith("I;16") else None
     is_deep = image.mode.startswith(("I", "F"))  # 16 or 32 bits, integers or floats
+    is_white_zero = is_deep and _tag(image, TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == WHITE_IS_ZERO
+    is_unsigned = _tag(image, TiffImagePlugin.SAMPLEFORMAT) in (None, (1,), 1)
     if not is_deep:
         image = _lay_over_paper(image.convert("LA")) if image.has_transparency_data else image
         image = image if image.mode == "L" else image.convert("L")
     if turn is not None:
         image = image.transpose(turn)
-    levels = np.asarray(image)
-    return _scale_deep(levels, full_scale) if is_deep else np.divide(levels, np.float32(255), dtype=np.float32)
+    levels: NDArray[Any] = np.asarray(image)
+    if not is_deep:
+        return np.asarray(np.divide(levels, np.float32(255), dtype=np.float32))
+    if levels.dtype == np.int32 and is_unsigned:  # Pillow has no unsigned type of 32 bits
+        levels = levels.view(np.uint32)
+    scaled = _scale_deep(levels)
+    return np.asarray(1 - scaled) if is_white_zero else scaled
 
 
-def _scale_deep(levels: NDArray[Any], full_scale: int | None) -> NDArray[np.float32]:
-    """Bring deep pixels into [0, 1]: by their type's full scale, else by the smallest usual one that holds them all."""
+def _tag(image: Image.Image, tag: int) -> object:
+    """The value of a TIFF's tag; None of other files, or where it has none."""
+    return image.tag_v2.get(tag) if isinstance(image, TiffImagePlugin.TiffImageFile) else None
+
+
+def _scale_deep(levels: NDArray[Any]) -> NDArray[np.float32]:
+    """Bring deep pixels into [0, 1], by the scale that they use.
+
+    Integers: by the smallest usual full scale that holds them all, since 16-bit files often hold 8, 10, 12 or 14 bits. Floats: by
+    1 or 255 where they look like it, else by their own largest; with negative ones, as after a normalisation, by their own range.
+    """
     darkest, brightest = float(levels.min()), float(levels.max())
     if not np.isfinite((darkest, brightest)).all():
         raise ValueError("pixels that are not finite")
-    limit = full_scale or next((usual for usual in (1, 255, 65535) if brightest <= usual), brightest)
-    scaled: NDArray[np.float32] = np.divide(levels, np.float32(limit), dtype=np.float32, casting="same_kind")
-    np.clip(scaled, 0, 1, out=scaled)
-    return scaled
+    if darkest < 0:
+        span = max(brightest - darkest, float(np.finfo(np.float32).tiny))
+        return np.asarray((levels.astype(np.float64) - darkest) / span, dtype=np.float32)
+    if levels.dtype.kind == "f":
+        usual = [scale for scale in USUAL_FLOAT_SCALES if scale / 2 <= brightest <= scale]
+    else:
+        usual = [scale for scale in USUAL_SCALES if brightest <= scale]
+    limit = usual[0] if usual else brightest or 1.0
+    return np.asarray(np.clip(levels.astype(np.float64) / limit, 0, 1), dtype=np.float32)
 
 
 def _lay_over_paper(image: Image.Image) -> Image.Image:
@@ -246,6 +326,8 @@ def _lay_over_paper(image: Image.Image) -> Image.Image:
     small = np.asarray(image.reduce(max(1, max(image.size) // 256)), dtype=np.float32)
     levels, alpha = small[..., 0], small[..., 1]
     drawn = float(alpha.sum())
+    if not drawn and image.getchannel("A").getextrema() == (0, 0):
+        return image.getchannel("L")  # a channel that nobody filled: the image is the colour under it
     brightness = float((levels * alpha).sum()) / (255 * drawn) if drawn else 0.0
     paper = Image.new("L", image.size, "black" if brightness > 0.5 and alpha.min() == 0 else "white")
     return Image.composite(image.getchannel("L"), paper, image.getchannel("A"))

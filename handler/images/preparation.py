@@ -25,12 +25,15 @@ class Prepare(StrEnum):
     NONE = "none"
 
 
+WARNING_TYPES = ("FrameRemoved", "Inverted", "OtherInk", "TouchesBorder", "UnlikeTraining")
+
+
 @dataclass(frozen=True, slots=True)
 class ImageWarning:
     """What may make an answer wrong, and cannot be known here.
 
     Attributes:
-        type: one of few names, for programs.
+        type: one of WARNING_TYPES, for programs.
         message: for people.
     """
 

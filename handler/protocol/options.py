@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeGuard
 
 from handler.errors import InvalidOption, UnknownOption, shown
 from handler.gradients.methods import GRADIENT, METHODS, PARAMETERS, Method, Parameter
@@ -59,7 +59,7 @@ class Options:
     target: Targets = Targets(classes=(None,), several=False)
     method: Method = GRADIENT
     space: Space = Space.CANONICAL
-    prepare: Prepare | None = None  # as the form of the image suggests
+    prepare: Prepare = Prepare.AUTO
     encoding: Encoding = Encoding.NESTED
     style: Style = dataclasses.field(default_factory=Style)
 
@@ -145,7 +145,7 @@ OPTIONS: Mapping[str, Option] = {
     "prepare": Option(
         _members(Prepare),
         Prepare.AUTO,
-        "`auto` finds the digit, `none` only scales the image; numbers are taken as they are unless this is given",
+        "`auto` finds the digit in what lacks the framing of the training set, `none` only scales the image",
     ),
     "encoding": Option(
         _members(Encoding), Encoding.NESTED, "of the map in JSON: nested lists, or the base64 of little-endian float32 in C order"
@@ -191,6 +191,8 @@ def read_value(name: str, value: object, class_count: int) -> object:
             value = bytes(value).decode()
         except UnicodeDecodeError as error:
             raise InvalidOption(f"expected UTF-8 text in {name!r}, got other bytes") from error
+    if isinstance(value, list) and len(value) == 1 and not isinstance(OPTIONS[name].values, Classes):
+        value = value[0]  # some languages write every scalar so
     if isinstance(value, str):
         value = value.strip()
     match OPTIONS[name].values:
@@ -215,13 +217,18 @@ def _read_flag(name: str, value: object) -> bool:
 
 
 def _read_number(name: str, value: object, accepted: Range) -> float:
-    text = r"[0-9]{1,10}" if accepted.whole else r"[0-9]{1,9}(\.[0-9]{1,9})?"
-    if isinstance(value, str) and re.fullmatch(text, value):
-        value = int(value) if accepted.whole else float(value)
-    types = (int,) if accepted.whole else (int, float)
-    if isinstance(value, types) and not isinstance(value, bool) and accepted.lowest <= value <= accepted.highest:
-        return value if accepted.whole else float(value)
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,9})?", value):
+        value = float(value)
+    if _is_number(value) and accepted.lowest <= value <= accepted.highest:  # false for NaN
+        if not accepted.whole:
+            return float(value)
+        if value == int(value):
+            return int(value)
     raise InvalidOption(f"expected {accepted_values(accepted, 0)[0]} as {name!r}, got {shown(value)}")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _read_targets(name: str, value: object, class_count: int) -> Targets:
@@ -243,10 +250,10 @@ def _read_targets(name: str, value: object, class_count: int) -> Targets:
 def _read_class(name: str, value: object, class_count: int) -> int | None:
     if value == "predicted":
         return None
-    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
-        value = int(value)
-    if type(value) is int and 0 <= value < class_count:
-        return value
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(\.0{1,9})?", value):
+        value = float(value)
+    if _is_number(value) and 0 <= value < class_count and value == int(value):
+        return int(value)
     raise InvalidOption(
         f"expected a class from 0 to {class_count - 1}, 'predicted', a list of these, or 'all' as {name!r}, got {shown(value)}"
     )
@@ -265,7 +272,7 @@ def read_values(given: Mapping[str, object], class_count: int) -> dict[str, Any]
     """Check and convert options one by one.
 
     Args:
-        given: what was sent, by the option's name.
+        given: what was sent, by the option's name. JSON's null stands for what was not sent.
     Raises:
         UnknownOption, InvalidOption
     """
@@ -275,7 +282,7 @@ def read_values(given: Mapping[str, object], class_count: int) -> dict[str, Any]
                 f"expected one of the options {', '.join(OPTIONS)} (as headers X-Saliency-...) or, for the image, one of "
                 f"{', '.join(IMAGE_FIELDS)}, got {shown(name)}"
             )
-    return {name: read_value(name, value, class_count) for name, value in given.items()}
+    return {name: read_value(name, value, class_count) for name, value in given.items() if value is not None}
 
 
 def fit_options(values: Mapping[str, Any], *, explain_route: bool) -> Options:

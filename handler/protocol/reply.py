@@ -4,7 +4,7 @@ import base64
 import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from io import BytesIO
 from typing import Any
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from handler.errors import Overloaded, RequestTooLarge, ServiceError, WrongShape
 from handler.gradients.explain import Explanation
 from handler.gradients.methods import Method
-from handler.images.preparation import PreparedImage
+from handler.images.preparation import ImageWarning, PreparedImage
 from handler.limits import MAX_BATCH_BYTES, MAX_HEADER_IMAGES
-from handler.protocol.kserve import BYTES, EXPLANATION_OUTPUTS, GAP_OUTPUT, PREDICTION_OUTPUTS, Infer
+from handler.protocol.kserve import BYTES, EXPLANATION_OUTPUTS, GAP_OUTPUT, LENGTH, PREDICTION_OUTPUTS, Infer
 from handler.protocol.options import Encoding, Options, Space
 from handler.protocol.request import ReplyFormat
 from handler.render.drawing import Row, draw
@@ -27,6 +27,12 @@ WITH_RESPECT_TO = {
     Space.CANONICAL: "pixel intensity in [0, 1]",
     Space.IMAGE: "grey level in [0, 1] of the image as sent",
 }
+REPLY_HEADERS = (
+    *("X-Digit", "X-Probability", "X-Saliency-Method", "X-Saliency-Target", "X-Saliency-Min", "X-Saliency-Max"),
+    *("X-Saliency-Completeness-Gap", "X-Saliency-Warnings", "Inference-Header-Content-Length"),
+)
+BINARY_TYPE = "application/octet-stream"
+BINARY_HEADER = "Inference-Header-Content-Length"
 TREATED_AS_CONSTANT = "geometry, stretch, the paper's level, what cleaning changed"  # while the image's own grey levels vary
 
 
@@ -38,9 +44,10 @@ class Result:
         options: what was asked about it.
         image: as the network got it.
         logits: float32 (K,).
-        probabilities: float64 (K,), their softmax.
+        probabilities: float64 (K,), calibrated.
         explanation: its saliency maps (T, H, W), where it was asked for, in the pixels that were asked for: the network's, or
             the image's as it was sent.
+        warnings: what may make the answer wrong.
     """
 
     options: Options
@@ -48,6 +55,7 @@ class Result:
     logits: NDArray[np.float32]
     probabilities: NDArray[np.float64]
     explanation: Explanation | None = None
+    warnings: tuple[ImageWarning, ...] = ()
 
     @property
     def digit(self) -> int:
@@ -79,7 +87,7 @@ class Result:
 class Reply:
     """What goes back to one client. Header values are text, and `content_type` is ASCII, as TorchServe needs them.
 
-    `error` is the type of the error that it tells of.
+    `error` is the type of the error that it tells of, `warnings` are the types of all its warnings.
     """
 
     status: int
@@ -87,6 +95,7 @@ class Reply:
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
     error: str | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def reason_phrase(self) -> str:
@@ -108,16 +117,21 @@ def render_results(
         WrongShape: one array was asked for, and the maps differ in shape.
         InvalidOption: the PNG asked for would be too large.
     """
+    reply = _render(results, reply_format, model, listed=listed, infer=infer)
+    warnings = tuple(warning.type for result in results for warning in result.warnings)
+    return replace(reply, warnings=warnings) if warnings else reply
+
+
+def _render(
+    results: Sequence[Result], reply_format: ReplyFormat, model: dict[str, str], *, listed: bool, infer: Infer | None
+) -> Reply:
     if reply_format is ReplyFormat.PNG:
         return _render_png(results)
     if reply_format is ReplyFormat.NPY:
         return _render_npy(results, listed=listed)
     if infer is not None:
-        content = _describe_tensors(results, model, infer)
-    elif listed:
-        content = _describe_list(results, model)
-    else:
-        content = _describe(results[0], model)
+        return _render_tensors(results, model, infer)
+    content = _describe_list(results, model) if listed else _describe(results[0], model)
     return Reply(HTTPStatus.OK, ReplyFormat.JSON, orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
@@ -128,10 +142,11 @@ def render_description(description: dict[str, Any]) -> Reply:
 
 def render_error(error: ServiceError) -> Reply:
     """Write an error. Its code is in the body too, since gRPC loses the status."""
-    content: dict[str, Any] = {"code": error.status, "type": type(error).__name__, "message": error.message}
+    details: dict[str, Any] = {"code": error.status, "type": type(error).__name__}
     if error.indices:
-        content["indices"] = error.indices
-    return Reply(error.status, ReplyFormat.JSON, json.dumps({"error": content}).encode(), error=type(error).__name__)
+        details["indices"] = error.indices
+    content = {"error": error.message, **details} if error.as_text else {"error": {**details, "message": error.message}}
+    return Reply(error.status, ReplyFormat.JSON, json.dumps(content).encode(), error=type(error).__name__)
 
 
 def fit_batch(replies: Sequence[Reply], max_bytes: int = MAX_BATCH_BYTES) -> list[Reply]:
@@ -173,6 +188,8 @@ def _describe(result: Result, model: dict[str, str]) -> dict[str, Any]:
     if result.explanation is not None:
         content["explanation"] = _describe_maps(result)
     content["preparation"] = result.image.describe()
+    if result.warnings:
+        content["warnings"] = [{"type": warning.type, "message": warning.message} for warning in result.warnings]
     content["model"] = model
     return content
 
@@ -221,6 +238,35 @@ def _describe_list(results: Sequence[Result], model: dict[str, str]) -> dict[str
     return content
 
 
+def list_warnings(results: Sequence[Result]) -> str:
+    """Name the types of all warnings: of one image with commas between them, of several images with semicolons."""
+    return ";".join(",".join(warning.type for warning in result.warnings) for result in results)
+
+
+def _render_tensors(results: Sequence[Result], model: dict[str, str], infer: Infer) -> Reply:
+    """Write the form of the Open Inference Protocol v2; what is asked for in binary stands behind the JSON."""
+    content = _describe_tensors(results, model, infer)
+    binary = b""
+    for tensor in content["outputs"]:
+        if infer.wants_binary(tensor["name"]):
+            data = tensor.pop("data")
+            own = _binary_of(data)
+            tensor["parameters"] = {**tensor.get("parameters", {}), "binary_data_size": len(own)}
+            binary += own
+    body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
+    if not any(infer.wants_binary(tensor["name"]) for tensor in content["outputs"]):
+        return Reply(HTTPStatus.OK, ReplyFormat.JSON, body)
+    return Reply(HTTPStatus.OK, BINARY_TYPE, body + binary, {BINARY_HEADER: str(len(body))})
+
+
+def _binary_of(data: NDArray[Any] | list[str]) -> bytes:
+    """The bytes of a tensor: numbers with the least significant byte first; of BYTES each element behind its length."""
+    if isinstance(data, list):
+        elements = [text.encode() for text in data]
+        return b"".join(LENGTH.pack(len(element)) + element for element in elements)
+    return data.astype(data.dtype.newbyteorder("<")).tobytes()
+
+
 def _describe_tensors(results: Sequence[Result], model: dict[str, str], infer: Infer) -> dict[str, Any]:
     """Say it in the form of the Open Inference Protocol v2: named tensors, whose data are flat."""
     options = results[0].options  # one for all, in this protocol
@@ -231,6 +277,8 @@ def _describe_tensors(results: Sequence[Result], model: dict[str, str], infer: I
         parameters |= {"method": method.name, **method.values, "output": method.output}
         parameters |= {"target_source": _target_source(options)}
         parameters |= {"with_respect_to": WITH_RESPECT_TO[options.space], "space": options.space}
+    if any(result.warnings for result in results):
+        parameters["warnings"] = list_warnings(results)
     own_outputs = (
         [name for name in EXPLANATION_OUTPUTS if name != GAP_OUTPUT or options.method.has_convergence_delta] if explained else []
     )
@@ -323,6 +371,8 @@ def _map_headers(results: Sequence[Result]) -> dict[str, str]:
         "X-Saliency-Min": repr(float(min(result.saliency.min() for result in results))),
         "X-Saliency-Max": repr(float(max(result.saliency.max() for result in results))),
     }
+    if any(result.warnings for result in results) and len(results) <= MAX_HEADER_IMAGES:
+        headers["X-Saliency-Warnings"] = list_warnings(results)
     if len(methods) <= MAX_HEADER_IMAGES:
         headers["X-Saliency-Method"] = ";".join(methods)
     deltas = [

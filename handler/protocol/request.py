@@ -10,6 +10,7 @@ import binascii
 import functools
 import json
 import re
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -23,17 +24,32 @@ from handler.errors import (
     MalformedBase64,
     MalformedJSON,
     NotAcceptable,
+    RequestTooLarge,
     shown,
 )
 from handler.gradients.methods import METHODS
 from handler.images.arrays import NPY_MAGIC, Tensor
-from handler.protocol.kserve import EXPLANATION_OUTPUTS, GAP_OUTPUT, INPUTS, INSTANCES, Infer, read_infer_body, split_instances
+from handler.limits import MAX_BODY_BYTES
+from handler.protocol.kserve import (
+    EXPLANATION_OUTPUTS,
+    GAP_OUTPUT,
+    HEADER_LENGTH,
+    INPUTS,
+    INSTANCES,
+    Infer,
+    read_infer_body,
+    split_binary_body,
+    split_instances,
+)
 from handler.protocol.options import IMAGE_FIELDS, Options, fit_options, options_in, read_values
 
 DESCRIBE_HEADER = "describe"  # the frontend sets it to "True" on a row of its own, which has neither fields nor ROUTE_HEADER
 CORRELATION_HEADERS = ("x-correlation-id", "x-request-id")  # of these, in any letter case, the first that holds a good id
 CORRELATION_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CORRELATION_LENGTHS = {len(name) for name in CORRELATION_HEADERS}
+SENT_TWICE_HEADER = "x-sent-twice"  # set by `torchserve`, whose receiver alone sees what is there twice
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # for zlib, by content encoding
 ROUTE_HEADER = "explain"  # TorchServe's frontend sets it on each request: "True" came in by an explanation route
 
 
@@ -108,16 +124,21 @@ def parse_request(row: object, headers: Mapping[str, object], class_count: int) 
         ClientError: the request cannot be answered; the message says what is accepted.
     """
     text_headers = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
-    fields = _read_fields(row, text_headers)
+    _refuse_twice(text_headers)
+    fields, binary = _read_fields(row, text_headers)
     asked = _Asked(options_in(text_headers), text_headers.get("accept", ""), class_count, headers.get(ROUTE_HEADER) == "True")
     if INSTANCES in fields and INPUTS in fields:
         raise InvalidRequest(f"expected '{INSTANCES}' or '{INPUTS}', got both")
     if INSTANCES in fields:
         return _read_v1(fields, asked)
     if INPUTS in fields:
-        return _read_v2(fields, asked)
+        try:
+            return _read_v2(fields, binary, asked)
+        except ClientError as error:
+            error.as_text = True
+            raise
     image_fields, option_fields = _split_fields(fields)
-    options = asked.options({**asked.given, **option_fields})
+    options = asked.options(_join(asked.given, option_fields))
     part = Part(_read_image(image_fields), options)
     return Request((part,), _negotiate(asked.accept, explain=options.explain))
 
@@ -148,7 +169,7 @@ class _Asked:
 
 def _split_fields(fields: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
     """Tell the fields of the image from those of its options."""
-    image_fields = {name: value for name, value in fields.items() if name in IMAGE_FIELDS}
+    image_fields = {name: value for name, value in fields.items() if name in IMAGE_FIELDS and value is not None}
     return image_fields, {name: value for name, value in fields.items() if name not in IMAGE_FIELDS}
 
 
@@ -156,7 +177,7 @@ def _read_v1(fields: Mapping[str, object], asked: _Asked) -> Request:
     """Read a body of KServe v1. A bad instance is an error in its place, so that the reply can name them all."""
     shared, instances = split_instances(fields)
     _refuse_images_beside(INSTANCES, shared)
-    values = read_values({**asked.given, **shared}, asked.class_count)  # a mistake in what all share is one error
+    values = read_values(_join(asked.given, shared), asked.class_count)  # a mistake in what all share is one error
 
     def read_instance(instance: Mapping[str, object]) -> Part | ClientError:
         image_fields, option_fields = _split_fields(instance)
@@ -179,11 +200,11 @@ def _read_v1(fields: Mapping[str, object], asked: _Asked) -> Request:
     return Request(parts, reply_format, listed=True)
 
 
-def _read_v2(fields: Mapping[str, object], asked: _Asked) -> Request:
+def _read_v2(fields: Mapping[str, object], binary: bytes, asked: _Asked) -> Request:
     """Read a body of the Open Inference Protocol v2. Its options hold for all of its images."""
-    body = read_infer_body(fields)
+    body = read_infer_body(fields, binary)
     _refuse_images_beside(INPUTS, body.options)
-    options = asked.options({**asked.given, **body.options})
+    options = asked.options(_join(asked.given, body.options))
     unexplained = [] if options.explain else [name for name in body.infer.outputs if name in EXPLANATION_OUTPUTS]
     if unexplained:
         raise InvalidRequest(f"expected an explanation ('explain') for the output {shown(unexplained[0])}, got a prediction")
@@ -191,13 +212,13 @@ def _read_v2(fields: Mapping[str, object], asked: _Asked) -> Request:
         methods = ", ".join(method.name for method in METHODS.values() if method.has_convergence_delta)
         raise InvalidRequest(f"expected 'method' {methods} for the output '{GAP_OUTPUT}', got {options.method.name}")
 
-    def read_text(text: str | ClientError) -> Part | ClientError:
+    def read_image(image: str | bytes | ClientError) -> Part | ClientError:
         try:
-            return text if isinstance(text, ClientError) else Part(_read_image({"data": text}), options)
+            return image if isinstance(image, ClientError) else Part(_read_image({"data": image}), options)
         except ClientError as error:
             return error
 
-    parts = (Part(body.images, options),) if isinstance(body.images, Tensor) else tuple(map(read_text, body.images))
+    parts = (Part(body.images, options),) if isinstance(body.images, Tensor) else tuple(map(read_image, body.images))
     return Request(parts, _negotiate(asked.accept, explain=options.explain), listed=True, infer=body.infer)
 
 
@@ -215,8 +236,12 @@ def _map_axes(options: Options) -> int | None:
 # --- where things stand in a request
 
 
-def _read_fields(row: object, headers: Mapping[str, str]) -> dict[str, object]:
-    """Give every kind of row one form: an image under one of IMAGE_FIELDS, options under their names."""
+def _read_fields(row: object, headers: Mapping[str, str]) -> tuple[dict[str, object], bytes]:
+    """Give every kind of row one form: an image under one of IMAGE_FIELDS, options under their names.
+
+    Returns:
+        the fields; and what stands behind them, in a body of the Open Inference Protocol's binary extension.
+    """
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == "application/x-www-form-urlencoded" and isinstance(row, dict) and not row.keys() & set(IMAGE_FIELDS):
         raise EmptyRequest(
@@ -224,26 +249,79 @@ def _read_fields(row: object, headers: Mapping[str, str]) -> dict[str, object]:
             "image, as 'curl -d' sends whatever it is given"
         )
     if isinstance(row, dict) and set(row) != {"body"}:
-        return {str(name): value for name, value in row.items()}  # a form
+        return {str(name): value for name, value in row.items()}, b""  # a form
     body = row["body"] if isinstance(row, dict) else row
+    binary = b""
     if isinstance(body, (bytes, bytearray, str)):
-        content = body.encode() if isinstance(body, str) else bytes(body)
+        content = decompress(body.encode() if isinstance(body, str) else bytes(body), headers.get("content-encoding", ""))
+        is_binary = HEADER_LENGTH in headers
+        if is_binary:
+            content, binary = split_binary_body(content, headers[HEADER_LENGTH])
+        content = content.removeprefix(BYTE_ORDER_MARK) if content[3:4] in (b"{", b"[") else content
         is_json = media_type == "application/json" or media_type.endswith("+json") or content.lstrip()[:1] in (b"{", b"[")
-        is_json = is_json and not content.startswith(NPY_MAGIC)
+        is_json = is_binary or (is_json and not content.startswith(NPY_MAGIC))
         if not content or not is_json:
-            return {"body": content} if content else {}
+            return ({"body": content} if content else {}), b""
         body = _parse_json(content)
     if not isinstance(body, dict):
         raise InvalidRequest(f'expected a JSON object such as {{"data": "<base64 image>"}}, got {shown(body)}')
-    return dict(body)
+    return dict(body), binary
+
+
+def decompress(content: bytes, encoding: str) -> bytes:
+    """Undo a body's Content-Encoding.
+
+    Raises:
+        InvalidRequest: it is another than gzip and deflate, or the body is not encoded so.
+        RequestTooLarge: it has more than MAX_BODY_BYTES.
+    """
+    name = encoding.strip().lower()
+    if name in ("", "identity"):
+        return content
+    if name not in WINDOW_BITS:
+        raise InvalidRequest(f"expected gzip or deflate as 'Content-Encoding', got {shown(encoding)}")
+    decoder = zlib.decompressobj(WINDOW_BITS[name])
+    try:
+        plain = decoder.decompress(content, MAX_BODY_BYTES + 1)
+    except zlib.error as error:
+        raise InvalidRequest(f"expected a body in {name}, as its 'Content-Encoding' says, got other bytes") from error
+    if len(plain) > MAX_BODY_BYTES:
+        raise RequestTooLarge(f"expected at most {MAX_BODY_BYTES:,} bytes in a body, got more once it is decompressed")
+    if not decoder.eof:
+        raise InvalidRequest(f"expected a whole body in {name}, got one that ends early")
+    return plain
 
 
 def _parse_json(content: bytes) -> object:
     try:
-        return json.loads(content)
+        return json.loads(content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         where = f" at character {error.pos}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
         raise MalformedJSON(f"expected a JSON object in UTF-8, got a body that is not valid JSON{where}") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Make an object of its members, each of which may be there once."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1) if len(names) < 100 else "a key"
+        raise InvalidRequest(f"expected each key of a JSON object once, got {shown(twice)} twice")
+    return members
+
+
+def _refuse_twice(headers: Mapping[str, str]) -> None:
+    """Refuse what the worker's receiver saw twice: a form's field, or an option's header in two spellings."""
+    if SENT_TWICE_HEADER in headers:
+        raise InvalidRequest(f"expected each field and each option once, got {shown(headers[SENT_TWICE_HEADER])} twice")
+
+
+def _join(headers: Mapping[str, object], fields: Mapping[str, object]) -> dict[str, object]:
+    """Join options of the headers and of the body, each of which stands in one of them."""
+    twice = sorted(headers.keys() & {name for name, value in fields.items() if value is not None})
+    if twice:
+        raise InvalidRequest(f"expected each option once, got {shown(', '.join(twice))} in a header and in the body")
+    return {**headers, **fields}
 
 
 # --- the image
@@ -259,6 +337,8 @@ def _read_image(fields: Mapping[str, object]) -> bytes | list[Any]:
             "application/json', got no image"
         )
     ((field, value),) = fields.items()
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
+        value = value[0]  # some languages write every scalar so
     if isinstance(value, (bytes, bytearray)):
         if not value:
             raise EmptyRequest(f"expected the bytes of an image file in {field!r}, got an empty field")
@@ -306,10 +386,18 @@ def _negotiate(accept: str, *, explain: bool) -> ReplyFormat:
 
 
 def _media_ranges(accept: str) -> Iterator[tuple[str, float]]:
+    """Take an Accept header apart, as leniently as browsers and old clients need: each range, and how much it is wanted."""
     for member in accept.lower().split(","):
         name, *parameters = [part.strip() for part in member.split(";")]
-        quality = next((parameter.removeprefix("q=") for parameter in parameters if parameter.startswith("q=")), "1")
-        if name and not re.fullmatch(r"[01](\.[0-9]{0,3})?", quality):
-            raise NotAcceptable(f"expected a quality from q=0 to q=1 in Accept, got {shown(accept)}")
+        quality = next((parameter.removeprefix("q=").strip('" ') for parameter in parameters if parameter.startswith("q=")), "1")
         if name:
-            yield name, float(quality)
+            yield ("*/*" if name == "*" else name), _read_quality(quality)
+
+
+def _read_quality(text: str) -> float:
+    """Read a quality; what is none counts as 1."""
+    try:
+        quality = float(text)
+    except ValueError:
+        return 1.0
+    return min(max(quality, 0.0), 1.0) if quality == quality else 1.0  # NaN is not itself

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from handler.errors import ServiceError
 from handler.gradients.explain import Differentiable
 from handler.gradients.methods import METHODS, softmax
+from handler.images.preparation import WARNING_TYPES
 from handler.preprocess import PreparedRequest
 from handler.protocol.reply import Reply
 
@@ -39,6 +40,7 @@ COUNTERS = {  # name -> labels; serve_config/metrics.yaml declares them to Torch
     "saliency_requests_total": ("kind", "method", "outcome"),
     "saliency_errors_total": ("type",),
     "saliency_pictures_total": ("class",),
+    "saliency_warnings_total": ("type",),
     "saliency_confidence_bucket": ("le",),
     "saliency_confidence_sum": (),
     "saliency_confidence_count": (),
@@ -88,12 +90,13 @@ STEPS = (Step.DECODE, Step.FORWARD, Step.BACKWARD, Step.MAP, Step.ENCODE)
 
 
 class Answer(NamedTuple):
-    """What is counted of one request. `error` is the type of the error that it got."""
+    """What is counted of one request. `error` is the type of the error that it got, `warnings` are the types of its warnings."""
 
     kind: str
     method: str
     outcome: str
     error: str | None
+    warnings: tuple[str, ...] = ()
 
 
 def answer_of(asked: PreparedRequest | None, reply: Reply, *, explain_route: bool) -> Answer:
@@ -113,7 +116,7 @@ def answer_of(asked: PreparedRequest | None, reply: Reply, *, explain_route: boo
     else:
         kind, method = (Kind.EXPLANATION if explain_route else Kind.PREDICTION), UNREAD_METHOD
     outcome = Outcome.OK if reply.status < 400 else Outcome.CLIENT_ERROR if reply.status < 500 else Outcome.SERVER_ERROR
-    return Answer(kind, method, outcome, reply.error)
+    return Answer(kind, method, outcome, reply.error, reply.warnings)
 
 
 @dataclass(slots=True)
@@ -232,6 +235,8 @@ def all_series(class_count: int) -> Iterator[Series]:
         yield "saliency_errors_total", (error_type,)
     for index in range(class_count):
         yield "saliency_pictures_total", (str(index),)
+    for warning in WARNING_TYPES:
+        yield "saliency_warnings_total", (warning,)
     yield from _series_of("saliency_confidence", (), CONFIDENCE_BOUNDS)
     for step in STEPS:
         yield from _series_of("saliency_step_seconds", (step,), STEP_BOUNDS_S)
@@ -253,6 +258,8 @@ def add_up(batches: Iterable[Batch]) -> Counter[Series]:
         counts["saliency_requests_total", (answer.kind, answer.method, answer.outcome)] += count
         if answer.error is not None:
             counts["saliency_errors_total", (answer.error,)] += count
+        for warning in answer.warnings:
+            counts["saliency_warnings_total", (warning,)] += count
     for step, durations in seconds.items():
         _add_histogram(counts, "saliency_step_seconds", (step,), STEP_BOUNDS_S, np.array(durations))
     if logits:
