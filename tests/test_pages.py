@@ -3,6 +3,7 @@
 import importlib.util
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,3 +45,12 @@ def test_every_command_of_the_project_is_a_module(page: Path) -> None:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_README_LINES
+
+
+def test_library_example_of_the_readme_runs() -> None:
+    (example,) = re.findall(r"(?s)```python\n(.*?)```", (ROOT / "README.md").read_text())
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["logits"].shape == (2, 1000)
+    assert [explanation.maps.shape for explanation in names["explanations"]] == [(1, 3, 64, 64), (2, 3, 64, 64)]
+    assert names["explanations"][1].classes == (3, 5)
