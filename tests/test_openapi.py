@@ -1,5 +1,6 @@
-"""The API's description is valid OpenAPI 3.1, and says what the handler's own tables say, and the README."""
+"""The API's description is valid OpenAPI 3.1, and says what the handler's own tables say, and the reference page."""
 
+import json
 import re
 import tomllib
 from typing import Any
@@ -22,8 +23,7 @@ from tests.openapi import DOCUMENT, DOCUMENT_FILE, example_replies, resolve, sch
 
 CLASS_COUNT = 10
 DESCRIPTION = describe_service({"name": "digits", "version": "1.0", "weights_sha256": "0" * 64}, 28, 28, CLASS_COUNT)
-README = (ROOT / "README.md").read_text()
-README_API = README.partition("\n## API\n")[2].partition("\n## What the numbers mean")[0]
+REFERENCE = (ROOT / "handler" / "README.md").read_text().partition("\n## What the numbers mean")[0]
 HEADERS = {parameter["name"]: parameter for parameter in DOCUMENT["components"]["parameters"].values()}
 REPLY_HEADERS = resolve(DOCUMENT["components"]["responses"]["Answer"])["headers"]
 
@@ -239,64 +239,78 @@ def test_every_status_has_an_example_reply() -> None:
         assert response["content"]["application/json"]["examples"]
 
 
-# --- the README
+# --- the reference page, handler/README.md
 
 
-def readme_rows(columns: int) -> list[list[str]]:
-    rows = [line.strip("|").split(" | ") for line in README_API.splitlines() if line.startswith("| ")]
+def rows_in(text: str, columns: int) -> list[list[str]]:
+    rows = [line.strip("|").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     return [[cell.strip() for cell in row] for row in rows if len(row) == columns]
 
 
-def test_readme_has_the_same_options_and_headers() -> None:
-    options, headers = set(), set()
-    for _, field, header, _ in readme_rows(4):
-        options |= set(re.findall(r"^`([a-z_]+)`", field))
-        headers |= set(re.findall(r"^`(X-Saliency-[A-Za-z-]+)", header))
-    assert options == set(OPTIONS)
-    assert headers == set(HEADERS)
-    assert set(re.findall(r"`(X-[A-Z][A-Za-z-]+)", README_API)) == set(HEADERS) | set(REPLY_HEADERS)
+def generated(name: str) -> str:
+    """The part of the page between the marks of this name."""
+    return REFERENCE.partition(f"<!-- generated: {name} ")[2].partition("<!-- /generated")[0]
 
 
-@pytest.mark.parametrize("name", [name for name in OPTIONS if "enum" in option_schema(name)])
-def test_readme_has_the_same_values_and_default(name: str) -> None:
-    (row,) = [row for row in readme_rows(4) if row[1].startswith(f"`{name}`")]
-    assert re.findall(r'`"(\w+)"`', row[1]) == option_schema(name)["enum"]
-    assert row[3].strip('`"') == option_schema(name)["default"]
+def option_rows() -> dict[str, list[str]]:
+    """Header, accepted values, default and description of each option, by its name."""
+    rows = rows_in(generated("option_rows"), 5) + [row[1:] for row in rows_in(generated("parameter_rows"), 6)]
+    return {row[0].strip("`"): row[1:] for row in rows if row[0].startswith("`")}
 
 
-def test_readme_has_the_same_methods() -> None:
-    rows = {row[0].strip("`"): row[1:] for row in readme_rows(5) if row[0] != "`method`" and row[0].startswith("`")}
+def test_reference_has_the_same_options_and_headers() -> None:
+    assert set(option_rows()) == set(OPTIONS)
+    assert {header for header, *_ in option_rows().values()} == {f"`{header}`" for header in HEADERS}
+    assert set(re.findall(r"`(X-[A-Z][A-Za-z-]+)", REFERENCE)) == set(HEADERS) | set(REPLY_HEADERS)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_reference_has_the_same_values_and_default(name: str) -> None:
+    _, accepted, default, _ = option_rows()[name]
+    schema = option_schema(name)
+    if "enum" in schema:
+        assert re.findall(r"`(\w+)`", accepted) == schema["enum"]
+    elif "minimum" in schema:
+        assert accepted.endswith(f" from {schema['minimum']} to {schema['maximum']}")
+    assert default.strip("`") == json.dumps(schema["default"]).strip('"')
+
+
+def test_reference_has_the_same_methods() -> None:
+    described = {row[0].strip("`"): row[-1] for row in rows_in(generated("method_rows"), 4) if row[0].startswith("`")}
+    assert described == {name: method.description for name, method in METHODS.items()}
+    rows = {row[0].strip("`"): row[1:] for row in rows_in(REFERENCE, 5) if row[0].strip("`") in METHODS}
     assert list(rows) == list(METHODS)
-    for name, (description, output, parameters, image_space) in rows.items():
+    for name, (output, parameters, image_space, _) in rows.items():
         method = METHODS[name]()
-        assert (description, output) == (method.description, f"`{method.output}`")
+        assert output == f"`{method.output}`"
         assert re.findall(r"`(\w+)`", parameters) == list(method.parameters())
         assert (image_space != "no") == method.has_image_space
 
 
 @pytest.mark.parametrize(("name", "parameter"), PARAMETERS.items())
-def test_readme_has_the_same_parameters(name: str, parameter: Parameter) -> None:
-    (row,) = [row for row in readme_rows(4) if row[1].startswith(f"`{name}`")]
-    assert row[0] == parameter.description
-    assert row[3] == f"`{parameter.default}`"
+def test_reference_has_the_same_parameters(name: str, parameter: Parameter) -> None:
+    _, accepted, default, description = option_rows()[name]
+    assert description == parameter.description
+    assert default == f"`{parameter.default}`"
     if parameter.highest:
-        assert row[1] == f"`{name}`: {parameter.lowest} to {parameter.highest}"
+        assert accepted.endswith(f" from {parameter.lowest} to {parameter.highest}")
 
 
-def test_readme_has_the_same_errors() -> None:
-    rows = [row for row in readme_rows(3) if row[0].isdigit()]
+def test_reference_has_the_same_errors() -> None:
+    rows = [row for row in rows_in(REFERENCE, 3) if row[0].isdigit()]
     found = {name: int(status) for status, names, _ in rows for name in re.findall(r"`(\w+)`", names)}
     assert found == documented_error_types()
 
 
-def test_readme_has_the_same_routes() -> None:
+def test_reference_has_the_same_routes() -> None:
     found = set()
-    for route, *_ in readme_rows(2):
+    for route, *_ in rows_in(REFERENCE, 2):
         if route.startswith(("`POST /", "`GET ")):
             first, *others = re.findall(r"`(?:POST |GET )?(?::8081)?([^`?]+)[^`]*`", route)
             found |= {first, *(re.sub(rf"{other[0]}\w+$", other, first) for other in others)}
     assert found == set(DOCUMENT["paths"])
 
 
-def test_document_is_named_in_the_readme() -> None:
-    assert "serve_config/openapi.yaml" in README_API
+def test_document_is_named_in_the_reference_and_the_readme() -> None:
+    assert "serve_config/openapi.yaml" in REFERENCE
+    assert "serve_config/openapi.yaml" in (ROOT / "README.md").read_text()

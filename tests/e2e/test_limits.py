@@ -1,4 +1,4 @@
-"""Every limit of the README's table, just below it (answered) and just above (refused as the table says)."""
+"""Every limit of the table in handler/README.md, just below it (answered) and just above (refused as the table says)."""
 
 import base64
 import re
@@ -207,7 +207,7 @@ CASES = {
     ),
     "images": Case("images of a request", f"{MAX_IMAGES}", lambda: images(MAX_IMAGES), lambda: images(MAX_IMAGES + 1)),
     "images to prepare": Case(
-        "of these, images in which the digit has to be looked for",
+        "of these, images that need preprocessing",
         f"{MAX_PREPARED_IMAGES}",
         lambda: instances(*[digit_of(100, 80)] * MAX_PREPARED_IMAGES),
         lambda: instances(*[digit_of(100, 80)] * (MAX_PREPARED_IMAGES + 1)),
@@ -279,23 +279,23 @@ def tensor(id_characters: int) -> Arguments:
     return {"route": V2_INFER, "json": {"id": "4" * id_characters, "inputs": [body]}}
 
 
-def rows_of_the_readme() -> list[tuple[str, str, str]]:
+def rows_of_the_page() -> list[tuple[str, str, str]]:
     """The table of limits: what, limit, and what is beyond it."""
-    section = (ROOT / "README.md").read_text().partition("\n## Limits\n")[2].partition("\n## ")[0]
+    section = (ROOT / "handler" / "README.md").read_text().partition("\n## Limits\n")[2].partition("\n## ")[0]
     rows = re.findall(r"(?m)^\| (.+) \| (.+) \| (.+) \|$", section)
     assert rows[0] == ("what", "limit", "beyond it")
     return rows[2:]
 
 
 def row_of(start: str) -> tuple[str, str, str]:
-    (row,) = [row for row in rows_of_the_readme() if row[0].startswith(start)]
+    (row,) = [row for row in rows_of_the_page() if row[0].startswith(start)]
     return row
 
 
-def test_every_row_of_the_readme_has_a_test() -> None:
+def test_every_row_of_the_page_has_a_test() -> None:
     starts = {case.row for case in CASES.values()} | OTHERS.keys()
     assert all(test in globals() for test in OTHERS.values())
-    assert {row_of(start) for start in starts} == set(rows_of_the_readme())
+    assert {row_of(start) for start in starts} == set(rows_of_the_page())
 
 
 @pytest.mark.parametrize("name", CASES)
