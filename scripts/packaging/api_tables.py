@@ -141,7 +141,7 @@ def _explanation_conditions() -> Iterator[str]:
 
 
 def _option_rows() -> Iterator[str]:
-    yield "| option | header | accepted | default | |"
+    yield "| option | header | accepted | default | description |"
     yield "| --- | --- | --- | --- | --- |"
     for name, option in OPTIONS.items():
         if name not in PARAMETERS:
@@ -161,14 +161,14 @@ def _row(name: str, option: Option) -> str:
 
 
 def _method_rows() -> Iterator[str]:
-    yield "| method | unit | gradients a map | |"
+    yield "| method | unit | gradients a map | description |"
     yield "| --- | --- | --- | --- |"
     for method in METHODS.values():
         yield f"| `{method.name}` | {method().unit} | {method().gradient_count} | {method.description} |"
 
 
 def _parameter_rows() -> Iterator[str]:
-    yield "| parameter of | option | header | accepted | default | |"
+    yield "| parameter of | option | header | accepted | default | description |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for method in METHODS.values():
         for name in method.parameters():

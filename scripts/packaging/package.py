@@ -36,7 +36,9 @@ MODEL_VERSION = "1.0"
 Entries = dict[str, bytes]  # an archive's files by their names in it
 
 
-def build_archive(output: Path, *, model_file: Path, weights_file: Path, model_config: Path) -> str:
+def build_archive(
+    output: Path, *, model_file: Path, weights_file: Path, model_config: Path, calibration_file: Path | None = None
+) -> str:
     """Build an archive with torch-model-archiver, then write it again without dates.
 
     Args:
@@ -44,6 +46,7 @@ def build_archive(output: Path, *, model_file: Path, weights_file: Path, model_c
         model_file: Python file that defines the network.
         weights_file: its weights, safetensors.
         model_config: TorchServe's model-config.yaml.
+        calibration_file: temperature and energy threshold of these weights; without it the archive has none.
     Returns:
         SHA-256 of the archive, in hexadecimal.
     Raises:
@@ -53,7 +56,7 @@ def build_archive(output: Path, *, model_file: Path, weights_file: Path, model_c
     with _private_temp_folder() as folder:
         package_parent = folder / "staged"  # the archiver copies a folder's children into the archive's root
         shutil.copytree(
-            ROOT / "handler", package_parent / "handler", ignore=shutil.ignore_patterns("__pycache__", ENTRY_MODULE.name)
+            ROOT / "handler", package_parent / "handler", ignore=shutil.ignore_patterns("__pycache__", "*.md", ENTRY_MODULE.name)
         )
         (folder / "made").mkdir()
         generate_model_archive(
@@ -74,6 +77,8 @@ def build_archive(output: Path, *, model_file: Path, weights_file: Path, model_c
     entries[MANIFEST] = json.dumps(manifest, indent=2).encode()
     network = load_network(model_file, weights_file)
     entries[COMPILED_PASS_FILE] = compile_pass(network, cast(Shape, network.INPUT_SHAPE)).encode()
+    if calibration_file is not None:
+        entries[CALIBRATION_FILE] = calibration_file.read_bytes()
     entries[REFERENCE_FILE] = make_reference_answer(network, hashlib.sha256(weights_file.read_bytes()).hexdigest())
     return write_archive(output, entries)
 
