@@ -68,7 +68,7 @@ def preprocess(request: Request, height: int, width: int, *, has_mean: bool = Tr
 
 
 def _preprocess(request: Request, height: int, width: int, *, has_mean: bool) -> PreparedRequest:
-    decoded, options, listed = _decode_all(request)
+    decoded, options, listed = _decode_all(request, height, width)
     images: list[PreparedImage] = []
     errors: dict[int, ClientError] = {}
     prepared_count = 0
@@ -126,7 +126,7 @@ def _require_map_numbers(images: Sequence[PreparedImage], options: Sequence[Opti
         )
 
 
-def _decode_all(request: Request) -> tuple[list[Decoded], list[Options], bool]:
+def _decode_all(request: Request, height: int, width: int) -> tuple[list[Decoded], list[Options], bool]:
     """Decode every part of a request.
 
     Returns:
@@ -135,29 +135,31 @@ def _decode_all(request: Request) -> tuple[list[Decoded], list[Options], bool]:
     budget = DecodingBudget()
     first = request.parts[0]
     if not isinstance(first, ClientError) and (not request.listed or isinstance(first.payload, Tensor)):  # the only part
-        decoded = _decode(first.payload, budget)
+        decoded = _decode(first.payload, budget, height, width)
         if isinstance(decoded, list):
             return decoded, [first.options] * len(decoded), True
         return [decoded], [first.options], request.listed
-    images = [part if isinstance(part, ClientError) else _decode_one(part.payload, budget) for part in request.parts]
+    images = [
+        part if isinstance(part, ClientError) else _decode_one(part.payload, budget, height, width) for part in request.parts
+    ]
     return images, [Options() if isinstance(part, ClientError) else part.options for part in request.parts], True
 
 
-def _decode(payload: Payload, budget: DecodingBudget) -> DecodedImage | list[Decoded]:
+def _decode(payload: Payload, budget: DecodingBudget, height: int, width: int) -> DecodedImage | list[Decoded]:
     """Decode an image, or an array that is a list of them."""
     if isinstance(payload, Tensor):
-        return decode_tensor(payload)
+        return decode_tensor(payload, height, width)
     if isinstance(payload, list):
-        return decode_numbers(payload)
+        return decode_numbers(payload, height, width)
     if payload.startswith(NPY_MAGIC):
-        return decode_npy(payload)
+        return decode_npy(payload, height, width)
     return decode_image(payload, budget)
 
 
-def _decode_one(payload: Payload, budget: DecodingBudget) -> Decoded:
+def _decode_one(payload: Payload, budget: DecodingBudget, height: int, width: int) -> Decoded:
     """Decode an image that is one of several."""
     try:
-        decoded = _decode(payload, budget)
+        decoded = _decode(payload, budget, height, width)
     except ClientError as error:
         return error
     if not isinstance(decoded, list):

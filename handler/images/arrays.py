@@ -36,9 +36,10 @@ NUMPY_TYPES = {  # the protocol's number types -> numpy's
 }
 SHAPES = ("(H, W)", "(H, W, 1)", "(H, W, 3)", "(N, H, W)", "(N, 1, H, W)", "(N, H, W, 1)", "(N, 3, H, W)", "(N, H, W, 3)")
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green and blue, as Pillow makes colour grey (ITU-R 601)
+MIN_SIDE = 4  # pixels: in less no digit can be seen
 MAX_DEPTH = 4  # of nested lists
 # What numbers look like that were normalised by a mean and a deviation: MNIST's lie between -0.43 and 2.83.
-NORMALISED_RANGE = (-5.0, 5.0)
+NORMALISED_RANGE = (-5.0, -0.1, 5.0)  # of the lowest, least and most, and of the highest, most
 
 Decoded = DecodedImage | ClientError  # an error in the place of a bad image
 
@@ -70,9 +71,12 @@ def require_image_count(count: int) -> None:
         raise RequestTooLarge(f"expected at most {MAX_IMAGES} images in one request, got {shown(count)}")
 
 
-def decode_npy(content: bytes) -> DecodedImage | list[Decoded]:
+def decode_npy(content: bytes, height: int, width: int) -> DecodedImage | list[Decoded]:
     """Read an .npy of one of SHAPES. Integers are 0-255, floats 0-1.
 
+    Args:
+        content: the file.
+        height, width: of the network's input, which flat images are told by.
     Returns:
         the image; of an array that is a list of images (be it of one) the list, with an error in the place of a bad one.
     Raises:
@@ -91,7 +95,7 @@ def decode_npy(content: bytes) -> DecodedImage | list[Decoded]:
         raise UnreadableArray("expected an .npy as numpy.save writes it, got one with a damaged header") from error
     if dtype.kind not in "uif":
         raise UnreadableArray(f"expected an .npy of integers or floats, got one of {shown(str(dtype))}")
-    layout = _Layout.of(shape)
+    layout = _Layout.of(shape, height * width)
     size = math.prod(shape) * dtype.itemsize
     if len(content) - file.tell() != size:
         raise UnreadableArray(
@@ -102,7 +106,7 @@ def decode_npy(content: bytes) -> DecodedImage | list[Decoded]:
     return layout.images(values, limit, f"{dtype.name} array, 0-{limit}")
 
 
-def decode_tensor(tensor: Tensor) -> list[Decoded]:
+def decode_tensor(tensor: Tensor, height: int, width: int) -> list[Decoded]:
     """Read a tensor of one of SHAPES: integers 0-255 or floats 0-1.
 
     Returns:
@@ -112,7 +116,7 @@ def decode_tensor(tensor: Tensor) -> list[Decoded]:
         InvalidPixel: there is something other than numbers among its data, or a number with a fraction among integers.
         EmptyRequest, RequestTooLarge, ImageTooLarge: it has no images, or too many, or too large ones.
     """
-    layout = _Layout.of(tensor.shape)
+    layout = _Layout.of(tensor.shape, height * width)
     dtype = np.dtype(NUMPY_TYPES[tensor.datatype])
     limit = 1 if dtype.kind == "f" else min(255, np.iinfo(dtype).max)
     size = math.prod(tensor.shape)
@@ -135,11 +139,10 @@ def decode_tensor(tensor: Tensor) -> list[Decoded]:
             value = next(value for value in flat if type(value) in odd)
             raise InvalidPixel(f"expected numbers as the data of a tensor of {tensor.datatype}, got {shown(value)} among them")
         values = _as_floats(flat, limit)
-    images = layout.images(values.reshape(tensor.shape), limit, f"{tensor.datatype} tensor, 0-{limit}")
-    return images if isinstance(images, list) else [images]
+    return layout.list_images(values, limit, f"{tensor.datatype} tensor, 0-{limit}")
 
 
-def decode_numbers(nested: list[Any]) -> DecodedImage | list[Decoded]:
+def decode_numbers(nested: list[Any], height: int, width: int) -> DecodedImage | list[Decoded]:
     """Check nested numbers of one of SHAPES and make them intensities: integers are 0-255; where there is a float, all are 0-1.
 
     Returns:
@@ -152,7 +155,7 @@ def decode_numbers(nested: list[Any]) -> DecodedImage | list[Decoded]:
     flat, shape = _flatten(nested)
     if shape is None:
         raise WrongShape(f"expected evenly nested numbers of shape {' or '.join(SHAPES)}, got ragged lists")
-    layout = _Layout.of(shape)
+    layout = _Layout.of(shape, height * width)
     kinds = set(map(type, flat))
     if not kinds <= {int, float}:
         odd = next(value for value in flat if type(value) not in (int, float))
@@ -178,9 +181,12 @@ class _Layout:
     colour_axis: int | None = None
 
     @classmethod
-    def of(cls, shape: Sequence[int]) -> "_Layout":
+    def of(cls, shape: Sequence[int], flat_length: int) -> "_Layout":
         """Read a shape. Where it could be two things, (3, H, W) is three images, and (1, H, W) a list of one.
 
+        Args:
+            shape: of the array.
+            flat_length: pixels of the network's input: rows as long are images without their shape, and no image.
         Raises:
             WrongShape, EmptyRequest, RequestTooLarge, ImageTooLarge
         """
@@ -197,7 +203,11 @@ class _Layout:
                 layout = cls(count, height, width, several=True, colour_axis=3)
             case other:
                 raise WrongShape(f"expected shape {' or '.join(SHAPES)}, got {shown(list(other))}")
-        if min(height, width) < 1 or layout.count < 0:
+        if flat_length in (height, width):
+            raise WrongShape(
+                f"expected shape {' or '.join(SHAPES)}, got {shown(list(shape))}: give each image its rows and columns"
+            )
+        if min(height, width) < MIN_SIDE or layout.count < 0:
             raise WrongShape(f"expected shape {' or '.join(SHAPES)}, got {shown(list(shape))}")
         require_image_count(layout.count)
         if layout.count * height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
@@ -208,10 +218,19 @@ class _Layout:
         return layout
 
     def images(self, values: NDArray[Any], limit: int, source: str) -> DecodedImage | list[Decoded]:
+        """Give the images as the shape has them: a list, or one."""
+        images = self.list_images(values, limit, source)
+        if self.several:
+            return images
+        if isinstance(images[0], ClientError):
+            raise images[0]
+        return images[0]
+
+    def list_images(self, values: NDArray[Any], limit: int, source: str) -> list[Decoded]:
         """Check the pixels and make them intensities.
 
         Args:
-            values: numbers, of the shape that was read.
+            values: numbers, in row-major order, as many as the shape has.
             limit: the value of full intensity.
             source: what they were sent as.
         """
@@ -226,15 +245,10 @@ class _Layout:
         with np.errstate(over="ignore", invalid="ignore"):  # of bad pixels
             grey_values = pixels if self.colour_axis is None else pixels.astype(np.float64) @ LUMINANCE
             grey = grey_values.astype(np.float32) / np.float32(limit if limit == 1 else 255)  # (N, H, W)
-        images: list[Decoded] = [
+        return [
             _bad_pixel(pixels[index], bad[index], limit) if index in bad_images else DecodedImage(one, source)
             for index, one in enumerate(grey)
         ]
-        if self.several:
-            return images
-        if isinstance(images[0], ClientError):
-            raise images[0]
-        return images[0]
 
 
 def _flatten(nested: list[Any]) -> tuple[list[Any], tuple[int, ...] | None]:
@@ -265,7 +279,7 @@ def _bad_pixel(values: NDArray[Any], bad: NDArray[np.bool_], limit: int) -> Inva
     lowest, highest = float(values.min()), float(values.max())  # NaN where there is one
     if limit == 1 and lowest >= 0 and 1 < highest <= 255:
         message += "; numbers up to 255 are sent as integers, or divided by 255"
-    elif limit == 1 and NORMALISED_RANGE[0] <= lowest < 0 and highest <= NORMALISED_RANGE[1]:
+    elif limit == 1 and NORMALISED_RANGE[0] <= lowest <= NORMALISED_RANGE[1] and highest <= NORMALISED_RANGE[2]:
         message += "; these look normalised by a mean and a deviation: send the intensities, normalisation is inside the network"
     return InvalidPixel(message)
 

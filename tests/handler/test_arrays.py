@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from handler.errors import ClientError, EmptyRequest, InvalidPixel, RequestTooLarge, UnreadableArray, WrongShape
-from handler.images.arrays import NUMPY_TYPES, Tensor, decode_npy, decode_tensor
+from handler.errors import ClientError, EmptyRequest, ImageTooLarge, InvalidPixel, RequestTooLarge, UnreadableArray, WrongShape
+from handler.images.arrays import NUMPY_TYPES, Tensor, decode_npy, decode_numbers, decode_tensor
 from handler.images.decode import DecodedImage
 from handler.limits import MAX_IMAGES
 
@@ -101,7 +101,7 @@ def test_only_the_bad_images_of_an_npy_are_errors(value: float) -> None:
     array[1, 4, 7] = value
     first, bad, last = images_of(decode_npy(npy(array), 28, 28))
     assert isinstance(bad, InvalidPixel)
-    assert bad.message == f"expected floats from 0.0 to 1.0, got {value} at row 4, column 7"
+    assert bad.message.startswith(f"expected floats from 0.0 to 1.0, got {value} at row 4, column 7")
     np.testing.assert_array_equal(grey([first, last]), INTENSITIES[[0, 2]])
 
 
@@ -114,13 +114,17 @@ def test_only_the_bad_images_of_an_npy_are_errors(value: float) -> None:
         (np.zeros((28, 28), "S3"), UnreadableArray, "S3"),
         (np.zeros((28, 28), "M8[s]"), UnreadableArray, "datetime64"),
         (np.zeros((28, 28), [("grey", "u1")]), UnreadableArray, "grey"),
-        (np.zeros((28, 27), np.uint8), WrongShape, r"got '?\[28, 27\]"),
-        (np.zeros(784, np.uint8), WrongShape, r"\[784\]"),
+        (np.zeros(784, np.uint8), WrongShape, r"got \[784\]$"),
+        (np.zeros((1, 784), np.uint8), WrongShape, r"got \[1, 784\]: give each image its rows and columns$"),
+        (np.zeros((64, 784), np.uint8), WrongShape, r"got \[64, 784\]: give each image its rows and columns$"),
         (np.zeros((), np.uint8), WrongShape, r"got \[\]$"),
-        (np.zeros((2, 3, 28, 28), np.uint8), WrongShape, r"\[2, 3, 28, 28\]"),
-        (np.zeros((2, 0, 28, 28), np.uint8), WrongShape, r"\[2, 0, 28, 28\]"),
-        (np.zeros((1, 1, 1, 28, 28), np.uint8), WrongShape, r"\[1, 1, 1, 28, 28\]"),
-        (np.zeros((28, 28, 3), np.uint8), WrongShape, r"\[28, 28, 3\]"),
+        (np.zeros((2, 4, 28, 28), np.uint8), WrongShape, r"got \[2, 4, 28, 28\]$"),
+        (np.zeros((2, 0, 28, 28), np.uint8), WrongShape, r"got \[2, 0, 28, 28\]$"),
+        (np.zeros((28, 0), np.uint8), WrongShape, r"got \[28, 0\]$"),
+        (np.zeros((28, 3), np.uint8), WrongShape, r"got \[28, 3\]$"),
+        (np.zeros((1, 1, 1, 28, 28), np.uint8), WrongShape, r"got \[1, 1, 1, 28, 28\]$"),
+        (np.zeros((4, 16001), np.uint8), ImageTooLarge, "at most 16,000 a side"),
+        (np.zeros((1024, 125, 126), np.uint8), ImageTooLarge, "at most 16,000,000 pixels in all"),
         (np.zeros((0, 28, 28), np.uint8), EmptyRequest, "expected a list of 1 to 1024 images, got an empty one"),
         (np.zeros((MAX_IMAGES + 1, 28, 28), np.uint8), RequestTooLarge, "expected at most 1024 images in one request, got 1025"),
     ],
@@ -235,11 +239,11 @@ def test_tensor_with_something_else_among_its_numbers_is_refused(datatype: str, 
         pytest.param((2, 28, 28), [[[0] * 28] * 28], WrongShape, id="fewer images"),
         pytest.param((28, 28), [[0] * 28] * 27 + [[0] * 27], WrongShape, id="ragged"),
         pytest.param((28, 28), [[0] * 28] * 27 + [7], WrongShape, id="ragged, with a number"),
-        pytest.param((28, 28), [[[0]] * 28] * 28, InvalidPixel, id="too deep"),
-        pytest.param((28, 28), [7] + [[0] * 28] * 783, InvalidPixel, id="a list among numbers"),
+        pytest.param((28, 28), [[[0]] * 28] * 28, WrongShape, id="too deep"),
+        pytest.param((28, 28), [7] + [[0] * 28] * 783, WrongShape, id="a list among numbers"),
         pytest.param((1, 784), ZEROS, WrongShape, id="flat images"),
         pytest.param((-1, 28, 28), ZEROS, WrongShape, id="-1"),
-        pytest.param((28, 28, 1), ZEROS, WrongShape, id="channels last"),
+        pytest.param((28, 28, 2), ZEROS * 2, WrongShape, id="two channels last"),
         pytest.param((), [], WrongShape, id="no shape"),
         pytest.param((0, 28, 28), [], EmptyRequest, id="none"),
         pytest.param((2**70, 28, 28), [], RequestTooLarge, id="huge"),
@@ -250,3 +254,77 @@ def test_tensor_of_another_shape_is_refused(shape: tuple[int, ...], data: list[A
     with pytest.raises(error, match=r"^expected .*, got ") as caught:
         decode_tensor(Tensor("FP32", shape, data), 28, 28)
     assert len(caught.value.message) < 300
+
+
+# --- shapes, the same for all
+
+
+IMAGES = np.arange(2 * 30 * 40).reshape(2, 30, 40) % 256  # of another size than the network's
+COLOURS = np.stack([IMAGES, (IMAGES * 3) % 256, (IMAGES * 7) % 256], axis=3)  # (2, 30, 40, 3)
+LUMINANCE = COLOURS @ np.array([0.299, 0.587, 0.114]) / 255
+
+
+@pytest.mark.parametrize("form", ["npy", "tensor", "flat tensor", "binary tensor", "JSON"])
+@pytest.mark.parametrize("kind", ["integers", "floats"])
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        pytest.param(IMAGES[0], IMAGES[:1] / 255, id="(H, W)"),
+        pytest.param(IMAGES[0, ..., None], IMAGES[:1] / 255, id="(H, W, 1)"),
+        pytest.param(IMAGES[:1], IMAGES[:1] / 255, id="(1, H, W)"),
+        pytest.param(IMAGES, IMAGES / 255, id="(N, H, W)"),
+        pytest.param(IMAGES[:, None], IMAGES / 255, id="(N, 1, H, W)"),
+        pytest.param(IMAGES[..., None], IMAGES / 255, id="(N, H, W, 1)"),
+        pytest.param(COLOURS[0], LUMINANCE[:1], id="(H, W, 3)"),
+        pytest.param(COLOURS, LUMINANCE, id="(N, H, W, 3)"),
+        pytest.param(np.moveaxis(COLOURS, 3, 1), LUMINANCE, id="(N, 3, H, W)"),
+    ],
+)
+def test_every_shape_is_read_alike_in_every_form(
+    form: str, kind: str, array: NDArray[np.int64], expected: NDArray[np.float64]
+) -> None:
+    values = array.astype("u1") if kind == "integers" else (array / 255).astype("f4")
+    datatype = "UINT8" if kind == "integers" else "FP32"
+    if form == "npy":
+        decoded = decode_npy(npy(values), 28, 28)
+    elif form == "JSON":
+        decoded = decode_numbers(values.tolist(), 28, 28)
+    else:
+        data = {"tensor": values.tolist(), "flat tensor": values.ravel().tolist(), "binary tensor": values.tobytes()}[form]
+        decoded = list(decode_tensor(Tensor(datatype, values.shape, data), 28, 28))
+    is_single = array.ndim == 2 or array.shape in ((30, 40, 1), (30, 40, 3))
+    assert isinstance(decoded, list) is (not is_single or form.endswith("tensor"))
+    np.testing.assert_allclose(grey(images_of(decoded)), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("nested", "message"),
+    [
+        pytest.param([[0.0] * 28] * 27 + [[0.0] * 27], "got ragged lists$", id="ragged"),
+        pytest.param([0.5] * 784, r"got \[784\]$", id="flat"),
+        pytest.param([[[[[0.0]]]]], "got ragged lists$", id="deep"),
+        pytest.param([[]], r"got \[1, 0\]$", id="empty row"),
+    ],
+)
+def test_nested_numbers_of_another_shape_are_refused(nested: list[Any], message: str) -> None:
+    with pytest.raises(WrongShape, match=message):
+        decode_numbers(nested, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "hint"),
+    [
+        pytest.param(LEVELS[0].astype(np.float32), "numbers up to 255 are sent as integers, or divided by 255$", id="0.0-255.0"),
+        pytest.param((INTENSITIES[0] - 0.1307) / 0.3081, "normalisation is inside the network$", id="normalised"),
+        pytest.param(INTENSITIES[0] * 2 - 1, "normalisation is inside the network$", id="-1 to 1"),
+        pytest.param(INTENSITIES[0] - 100, r"got -\d[\d.]* at row 0, column 0$", id="neither"),
+    ],
+)
+def test_numbers_out_of_range_are_told_what_they_look_like(pixels: NDArray[np.floating], hint: str) -> None:
+    with pytest.raises(InvalidPixel, match=hint):
+        decode_numbers(pixels.tolist(), 28, 28)
+
+
+def test_binary_tensor_of_another_length_is_refused() -> None:
+    with pytest.raises(WrongShape, match=r"expected 3,136 bytes for shape \[28, 28\] of FP32, got 784"):
+        decode_tensor(Tensor("FP32", (28, 28), bytes(784)), 28, 28)
