@@ -138,7 +138,7 @@ def parse_request(row: object, headers: Mapping[str, object], class_count: int) 
             error.as_text = True
             raise
     image_fields, option_fields = _split_fields(fields)
-    options = asked.options(_join(asked.given, option_fields))
+    options = asked.options(_over(asked.given, option_fields))
     part = Part(_read_image(image_fields), options)
     return Request((part,), _negotiate(asked.accept, explain=options.explain))
 
@@ -177,7 +177,7 @@ def _read_v1(fields: Mapping[str, object], asked: _Asked) -> Request:
     """Read a body of KServe v1. A bad instance is an error in its place, so that the reply can name them all."""
     shared, instances = split_instances(fields)
     _refuse_images_beside(INSTANCES, shared)
-    values = read_values(_join(asked.given, shared), asked.class_count)  # a mistake in what all share is one error
+    values = read_values(_over(asked.given, shared), asked.class_count)  # a mistake in what all share is one error
 
     def read_instance(instance: Mapping[str, object]) -> Part | ClientError:
         image_fields, option_fields = _split_fields(instance)
@@ -204,7 +204,7 @@ def _read_v2(fields: Mapping[str, object], binary: bytes, asked: _Asked) -> Requ
     """Read a body of the Open Inference Protocol v2. Its options hold for all of its images."""
     body = read_infer_body(fields, binary)
     _refuse_images_beside(INPUTS, body.options)
-    options = asked.options(_join(asked.given, body.options))
+    options = asked.options(_over(asked.given, body.options))
     unexplained = [] if options.explain else [name for name in body.infer.outputs if name in EXPLANATION_OUTPUTS]
     if unexplained:
         raise InvalidRequest(f"expected an explanation ('explain') for the output {shown(unexplained[0])}, got a prediction")
@@ -316,12 +316,9 @@ def _refuse_twice(headers: Mapping[str, str]) -> None:
         raise InvalidRequest(f"expected each field and each option once, got {shown(headers[SENT_TWICE_HEADER])} twice")
 
 
-def _join(headers: Mapping[str, object], fields: Mapping[str, object]) -> dict[str, object]:
-    """Join options of the headers and of the body, each of which stands in one of them."""
-    twice = sorted(headers.keys() & {name for name, value in fields.items() if value is not None})
-    if twice:
-        raise InvalidRequest(f"expected each option once, got {shown(', '.join(twice))} in a header and in the body")
-    return {**headers, **fields}
+def _over(headers: Mapping[str, object], fields: Mapping[str, object]) -> dict[str, object]:
+    """Put options of the body above those of the headers. JSON's null says nothing."""
+    return {**headers, **{name: value for name, value in fields.items() if value is not None}}
 
 
 # --- the image

@@ -3,6 +3,7 @@
 import io
 import itertools
 import struct
+from dataclasses import replace
 from typing import Any
 
 import matplotlib as mpl
@@ -403,13 +404,23 @@ def test_side_by_side_has_the_image_the_maps_and_a_bar() -> None:
     assert len(set(above)) == 3, "image, class 0 and class 1 have labels of their own"
 
 
-def test_bar_has_its_unit_where_there_is_room() -> None:
-    widths = {
-        size: drawn(row_of([[1, 1], [1, 0]]), map_style(size=size, layout=Layout.SIDE_BY_SIDE)).shape[1] for size in (100, 300)
-    }
-    around = {size: width - 2 * size for size, width in widths.items()}
-    assert around[100] < 60
-    assert around[300] > 75
+def test_bar_has_the_unit_of_its_row_where_there_is_room() -> None:
+    def width_around(size: int, unit: str) -> int:
+        row = replace(row_of([[1, 1], [1, 0]]), unit=unit)
+        width: int = drawn(row, map_style(size=size, layout=Layout.SIDE_BY_SIDE)).shape[1]
+        return width - 2 * size
+
+    assert width_around(100, "logit per unit of intensity") == width_around(100, "") < 60
+    assert width_around(300, "logit per unit of intensity") > 75 > width_around(300, "")
+    assert width_around(300, "logit") > 75
+
+
+def test_title_stands_above_its_row() -> None:
+    row = row_of([[1, 1], [1, 0]])
+    plain, titled = (drawn(one, map_style(size=100)) for one in (row, replace(row, title="smoothgrad, samples 5")))
+    assert plain.shape[0] == 100
+    assert titled.shape[0] > 100 + 2 * 12  # a line for the title and one for the class
+    assert (titled[:12] < 128).any()
 
 
 @pytest.mark.parametrize(
@@ -446,7 +457,7 @@ def test_drawing_of_too_many_pixels_is_refused_before_it_is_drawn() -> None:
         InvalidOption, match=r"^expected a drawing of at most 3,000,000 pixels, got 'size' 1024, .* about [0-9,]+$"
     ):
         draw([row], Style(size=1024))
-    with pytest.raises(InvalidOption, match="up to 3,000,000"):
+    with pytest.raises(InvalidOption, match="at most 3,000,000"):
         draw([row_of(np.zeros((1, 4000), np.float32))] * 100_000, Style(size=28))
     assert MAX_PIXELS_DRAWN == 3_000_000
 

@@ -40,7 +40,7 @@ def result(height: int, value: float = 0, method: Method = GRADIENT) -> Result:
     ("reply_format", "infer"), [(ReplyFormat.NPY, None), (ReplyFormat.JSON, Infer(None, ()))], ids=["npy", "tensors"]
 )
 def test_maps_of_different_shapes_make_no_array(reply_format: ReplyFormat, infer: Infer | None) -> None:
-    with pytest.raises(WrongShape, match=r"maps have the shapes \[\(28, 28\), \(40, 28\)\]; for one array, one shape"):
+    with pytest.raises(WrongShape, match=r"expected maps of one shape for one array, got \[\(28, 28\), \(40, 28\)\]"):
         render_results([result(40), result(28)], reply_format, MODEL, listed=True, infer=infer)
 
 

@@ -105,9 +105,15 @@ def test_torchserves_own_sample_request_is_understood() -> None:
         pytest.param({"target": bytearray(b"3")}, {}, EmptyRequest, "got no image$", id="form without image"),
         pytest.param({"data": bytearray()}, {}, EmptyRequest, "in 'data', got an empty field", id="empty field"),
         pytest.param({"body": {"data": " \n"}}, JSON_HEADERS, EmptyRequest, "in 'data', got an empty text", id="empty base64"),
-        pytest.param({"body": bytearray(b"{'a': 1}")}, JSON_HEADERS, MalformedJSON, "no JSON at character 1", id="bad JSON"),
         pytest.param(
-            {"body": bytearray(b"{\xff}")}, JSON_HEADERS, MalformedJSON, "no JSON; a JSON object in UTF-8", id="no UTF-8"
+            {"body": bytearray(b"{'a': 1}")}, JSON_HEADERS, MalformedJSON, "is not valid JSON at character 1", id="bad JSON"
+        ),
+        pytest.param(
+            {"body": bytearray(b"{\xff}")},
+            JSON_HEADERS,
+            MalformedJSON,
+            "expected a JSON object in UTF-8, got a body that is not valid JSON$",
+            id="no UTF-8",
         ),
         pytest.param(
             {"body": bytearray(b"[" * 100_000)},
@@ -126,12 +132,12 @@ def test_torchserves_own_sample_request_is_understood() -> None:
         pytest.param({"body": [1, 2]}, JSON_HEADERS, InvalidRequest, r"expected a JSON object .*, got \[1, 2\]", id="JSON list"),
         pytest.param({"body": None}, JSON_HEADERS, InvalidRequest, "expected a JSON object .*, got None", id="JSON null"),
         pytest.param({"body": {"data": 3}}, JSON_HEADERS, InvalidRequest, "in 'data', got 3", id="number as image"),
-        pytest.param({"body": {"data": None}}, JSON_HEADERS, InvalidRequest, "in 'data', got None", id="null as image"),
+        pytest.param({"body": {"data": None}}, JSON_HEADERS, EmptyRequest, "got no image$", id="null as image"),
         pytest.param(
             {"body": {"data": BASE64, "image": BASE64}},
             JSON_HEADERS,
             InvalidRequest,
-            r"several images \(data, image\)",
+            r"got several \(data, image\)",
             id="two",
         ),
         pytest.param({"body": {"data": "%%%"}}, JSON_HEADERS, MalformedBase64, "in 'data', got '%%%'", id="bad base64"),
@@ -289,7 +295,7 @@ def test_list_of_targets_in_text_has_commas_or_is_json(text: str) -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        *(-1, 10, True, 3.5, 3.0, None, {}, [], [10], [3, True], ["all"], [[3]], [1] * 11),
+        *(-1, 10, True, 3.5, {}, [], [10], [3, True], ["all"], [[3]], [1] * 11, float("nan"), float("inf")),
         *("seven", "-1", "10", "3.5", "+3", "\u0663", "", "1e0", "3,,4", "[3", "3;4", "9" * 400, "Predicted"),
     ],
     ids=lambda value: ascii(value)[:24],
@@ -303,24 +309,27 @@ def test_target_that_is_no_class_is_refused(value: object) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "accepted"),
     [
-        ("explain", "yes", "true and false"),
-        ("explain", 1, "true and false"),
-        ("explain", None, "true and false"),
+        ("explain", "yes", "true or false"),
+        ("explain", 1, "true or false"),
+        ("explain", [True, True], "true or false"),
         ("method", "lime", "gradient, loss_gradient, gradient_x_input, smoothgrad, integrated_gradients"),
-        *[("samples", value, "an integer from 1 to 500") for value in (0, 501, 25.0, True, None, "-1", "1e2", "")],
-        *[("noise", value, "a number from 0 to 1") for value in (-0.1, 1.1, True, None, "nan", "-0", float("nan"), float("inf"))],
+        *[
+            ("samples", value, "an integer from 1 to 500")
+            for value in (0, 501, 25.5, True, "-1", "1e2", "", "25.5", [25, 25], 10**400)
+        ],
+        *[("noise", value, "a number from 0 to 1") for value in (-0.1, 1.1, True, "nan", "-0", float("nan"), float("inf"))],
         *[("seed", value, "an integer from 0 to 4294967295") for value in (-1, 2**32, 0.5, False, "+1", "9" * 11)],
-        *[("steps", value, "an integer from 1 to 300") for value in (0, 301, 50.0, "fifty")],
+        *[("steps", value, "an integer from 1 to 300") for value in (0, 301, 50.5, "fifty")],
         ("aggregate", "median", "mean, squared, variance"),
         ("baseline", 0, "zero, mean"),
         ("space", "frequency", "canonical"),
         ("prepare", "Auto", "auto, none"),
         ("encoding", 64, "nested, base64"),
-        ("encoding", ["nested"], "nested, base64"),
-        *[("size", value, "an integer from 28 to 1024") for value in (27, 1025, 448.0, True, None, "-28", "1e2", "", "9" * 400)],
+        ("encoding", ["nested", "base64"], "nested, base64"),
+        *[("size", value, "an integer from 28 to 1024") for value in (27, 1025, 448.5, True, "-28", "1e2", "", "9" * 400)],
         *[
             ("clip_percentile", value, "a number from 50 to 100")
-            for value in (49.9, 100.1, True, None, "nan", "inf", "+99", "1e2", "", float("nan"), "9" * 400)
+            for value in (49.9, 100.1, True, "nan", "inf", "+99", "1e2", "", float("nan"), "9" * 400)
         ],
         ("colormap", "jet", "RdBu_r, PuOr, viridis, plasma, cividis"),
         ("polarity", "both", "signed, absolute, positive, negative"),
@@ -410,9 +419,7 @@ def test_reply_format_follows_accept(accept: str, expected: ReplyFormat) -> None
     assert parse({"body": bytearray(IMAGE)}, {"Accept": accept, "explain": "True"}).reply_format is expected
 
 
-@pytest.mark.parametrize(
-    "accept", ["text/html", "image/gif", "application/json;q=0", "json", "*/*;q=0", "*/*;q=many", "*/*;q=nan"]
-)
+@pytest.mark.parametrize("accept", ["text/html", "image/gif", "application/json;q=0", "json", "*/*;q=0", "*;q=0"])
 def test_accept_that_allows_no_reply_is_406(accept: str) -> None:
     with pytest.raises(NotAcceptable, match=r"^expected .* in Accept.*, got ") as caught:
         parse({"body": bytearray(IMAGE)}, {"Accept": accept, "explain": "True"})
