@@ -142,7 +142,11 @@ def _ask(
 
 
 def _compare(reference: ReferenceAnswer, prediction: dict[str, Any], explained: dict[str, Any]) -> None:
-    """Compare both replies with the reference answer, and with each other; raise NotReady where they differ."""
+    """Compare both replies with the reference answer, or with each other where only the weights are known.
+
+    Raises:
+        NotReady: they differ.
+    """
     explanation = explained["explanation"]
     saliency = [number for row in explanation["saliency"] for number in row]
     expected_digit = prediction["digit"] if reference.digit is None else reference.digit

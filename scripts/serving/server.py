@@ -47,7 +47,7 @@ class TorchServe:
     """A running TorchServe with one model. A context manager: inside it every worker is ready; after it nothing is left.
 
     Attributes:
-        settings: what it serves, and how.
+        settings: of this server.
         model_name: the archive's stem.
         address: the inference API's, as a URL: https where the server is hardened, else http.
         management_address: the management API's, as a URL.
@@ -82,7 +82,7 @@ class TorchServe:
         self.stop()
 
     def has_ended(self) -> bool:
-        """Whether TorchServe ended by itself."""
+        """Tell whether TorchServe ended by itself."""
         return self._launcher is not None and self._launcher.poll() is not None
 
     def processes(self) -> list[psutil.Process]:

@@ -1,4 +1,4 @@
-"""What to serve, where and how. Knows nothing of TorchServe's processes."""
+"""The settings of a server: archive, ports, device, logs, hardening. Knows nothing of TorchServe's processes."""
 
 import contextlib
 import socket
@@ -37,7 +37,7 @@ class Ports:
             return cls(*(opened.getsockname()[1] for opened in sockets))
 
     def require_free(self, inference_host: str = LOOPBACK) -> None:
-        """Raise ServeError where something listens on one of them."""
+        """Raise ServeError, which names the port, where something listens on one of them."""
         for name in self.__dataclass_fields__:
             host, port = inference_host if name == "inference" else LOOPBACK, getattr(self, name)
             with socket.socket() as probe:
@@ -51,11 +51,11 @@ class Ports:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What to serve and how.
+    """The settings of one server.
 
     Attributes:
         archive: the .mar file; its stem is the model's name.
-        ports: where to serve it.
+        ports: of the APIs.
         device: "cpu", "gpu", or "auto" for a GPU where PyTorch sees one.
         log_dir: a folder for TorchServe's logs and console output.
         model_config: values for keys of model-config.yaml, instead of the file's own.

@@ -1,4 +1,4 @@
-"""What `--help` says of every command that packages, serves or researches."""
+"""The help of every command that packages, serves or researches."""
 
 import argparse
 import importlib
