@@ -1,4 +1,6 @@
-"""The committed digits network, loaded in one place."""
+"""The digits network of model/, loaded in one place."""
+
+from pathlib import Path
 
 from torch import nn
 
@@ -7,6 +9,12 @@ from handler.runtime.archive import load_network
 from scripts.paths import MODEL_FILE, WEIGHTS_FILE
 
 
-def load_committed_network() -> nn.Module:
-    """Load the network of model/ with its committed weights: frozen (eval mode, no parameter requires a gradient), on the CPU."""
-    return freeze(load_network(MODEL_FILE, WEIGHTS_FILE))
+def load_committed_network(weights_file: Path = WEIGHTS_FILE) -> nn.Module:
+    """Load the network of model/ onto the CPU, frozen: eval mode, no parameter requires a gradient.
+
+    Args:
+        weights_file: safetensors; the committed weights unless others are named.
+    Raises:
+        ArchiveError: the weights are missing, unreadable, or not the network's.
+    """
+    return freeze(load_network(MODEL_FILE, weights_file))

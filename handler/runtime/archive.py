@@ -7,6 +7,7 @@ Knows nothing of TorchServe.
 import hashlib
 import inspect
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -34,7 +35,7 @@ def verify_files(model_dir: Path) -> dict[str, str]:
     """
     sums_file = model_dir / SUMS_FILE
     if not sums_file.is_file():
-        raise ArchiveError(f"the archive has no {SUMS_FILE}; build it with scripts/packaging/package.py")
+        raise ArchiveError(f"the archive has no {SUMS_FILE}; build it with python -m scripts.packaging")
     sums = {}
     for line in sums_file.read_text().splitlines():
         expected, _, name = line.partition("  ")
@@ -69,6 +70,9 @@ def build_network(model_file: Path) -> nn.Module:
         if not hasattr(classes[0], attribute):
             raise ArchiveError(f"the network in {model_file.name} does not say its {attribute}")
     network: nn.Module = classes[0]()
+    shape: Any = network.INPUT_SHAPE
+    if isinstance(shape, tuple) and shape[:1] not in ((), (1,)):
+        raise ArchiveError(f"expected a network of one input channel in {model_file.name}, got INPUT_SHAPE {shape}")
     return network
 
 

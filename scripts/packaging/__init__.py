@@ -1,1 +1,1 @@
-"""Build the archive that TorchServe serves, and check it."""
+"""Build the archive that TorchServe serves, and smoke-test it."""

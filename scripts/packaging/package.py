@@ -2,9 +2,9 @@
 
     python -m scripts.packaging
 
-The same tree gives the same bytes on every run and machine: entries are sorted, uncompressed, and carry no dates. The archive
-is then unpacked and loaded in a fresh process that sees nothing of the repo (`smoke_test.py`). Its SHA-256 goes into a file
-beside it, which `serve.py` holds it against.
+The same tree gives the same bytes on every run and machine: entries are sorted, uncompressed, and carry no dates. A smoke test
+then loads the archive in a fresh process that sees nothing of the repo (`smoke_test.py`). The archive's SHA-256 goes into a file
+beside it, and `scripts.serving` compares both before it serves.
 """
 
 import argparse
@@ -19,16 +19,20 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import generate_model_archive
 
 from handler.gradients.compiled import COMPILED_PASS_FILE
-from handler.gradients.compiler import Shape, compile_pass
+from handler.gradients.compiler import compile_pass
+from handler.gradients.explain import freeze
 from handler.runtime.archive import SUMS_FILE, load_network
+from handler.runtime.calibration import CALIBRATION_FILE
+from scripts.command_line import HelpFormatter
+from scripts.packaging.check import require_servable
 from scripts.packaging.reference import make_reference_answer
-from scripts.paths import ARCHIVE, ENTRY_MODULE, MODEL_CONFIG, MODEL_FILE, REFERENCE_FILE, ROOT, WEIGHTS_FILE
+from scripts.paths import ARCHIVE, ENTRY_MODULE, MODEL_CONFIG, MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE
 
 MANIFEST = "MAR-INF/MANIFEST.json"
 MODEL_VERSION = "1.0"
@@ -50,14 +54,18 @@ def build_archive(
     Returns:
         SHA-256 of the archive, in hexadecimal.
     Raises:
-        ArchiveError: the weights are not the network's.
+        ArchiveError: the network cannot be served, or the weights are not its own.
+        ValueError: the network has no compiled pass, or no image has a reference answer.
+        OSError: a file cannot be read or written.
     """
+    network = freeze(load_network(model_file, weights_file))
+    input_shape = require_servable(network)
     output.parent.mkdir(parents=True, exist_ok=True)
     with _private_temp_folder() as folder:
         package_parent = folder / "staged"  # the archiver copies a folder's children into the archive's root
-        shutil.copytree(
-            ROOT / "handler", package_parent / "handler", ignore=shutil.ignore_patterns("__pycache__", "*.md", ENTRY_MODULE.name)
-        )
+        package = ENTRY_MODULE.parent
+        ignored = shutil.ignore_patterns("__pycache__", "*.md", ENTRY_MODULE.name)
+        shutil.copytree(package, package_parent / package.name, ignore=ignored)
         (folder / "made").mkdir()
         generate_model_archive(
             ModelArchiverConfig(
@@ -66,7 +74,7 @@ def build_archive(
                 handler=str(ENTRY_MODULE),
                 model_file=str(model_file),
                 serialized_file=str(weights_file),
-                config_file=str(_named(model_config, "model-config.yaml", folder)),
+                config_file=str(shutil.copy(model_config, folder / MODEL_CONFIG.name)),
                 extra_files=str(package_parent),
                 export_path=str(folder / "made"),
             )
@@ -75,8 +83,7 @@ def build_archive(
     manifest = json.loads(entries[MANIFEST])
     del manifest["createdOn"]
     entries[MANIFEST] = json.dumps(manifest, indent=2).encode()
-    network = load_network(model_file, weights_file)
-    entries[COMPILED_PASS_FILE] = compile_pass(network, cast(Shape, network.INPUT_SHAPE)).encode()
+    entries[COMPILED_PASS_FILE] = compile_pass(network, input_shape).encode()
     if calibration_file is not None:
         entries[CALIBRATION_FILE] = calibration_file.read_bytes()
     entries[REFERENCE_FILE] = make_reference_answer(network, hashlib.sha256(weights_file.read_bytes()).hexdigest())
@@ -84,7 +91,7 @@ def build_archive(
 
 
 def checksum_file_of(archive: Path) -> Path:
-    """Where an archive's SHA-256 stands: beside it, as `sha256sum` writes it."""
+    """Name the file beside an archive that holds its SHA-256, as `sha256sum` writes it."""
     return archive.with_name(f"{archive.name}.sha256")
 
 
@@ -115,9 +122,9 @@ def smoke_test(archive: Path) -> dict[str, Any]:
     """Unpack an archive and load it as a TorchServe worker would, in a fresh process that sees nothing of the repo.
 
     Returns:
-        what that process reports: see `smoke_test.py`.
+        the report of that process: see `smoke_test.py`.
     Raises:
-        RuntimeError: it could not load the archive or did not get a right answer from it.
+        RuntimeError: the archive does not load, or does not give its reference answer.
     """
     with _private_temp_folder() as folder:
         unpacked = folder / "unpacked"
@@ -134,14 +141,9 @@ def smoke_test(archive: Path) -> dict[str, Any]:
             check=False,
         )
     if finished.returncode != 0:
-        raise RuntimeError(f"{archive} does not load:\n{finished.stderr}")
+        raise RuntimeError(f"the smoke test of {archive} failed:\n{finished.stdout}{finished.stderr}")
     report: dict[str, Any] = json.loads(finished.stdout.splitlines()[-1])
     return report
-
-
-def _named(file: Path, name: str, folder: Path) -> Path:
-    """Copy a file under the name that it shall have in the archive."""
-    return Path(shutil.copy(file, folder / name))
 
 
 @contextlib.contextmanager
@@ -160,19 +162,23 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.packaging",
-        description="Build build/digits.mar, prove that it loads, and write its SHA-256 into build/digits.mar.sha256.",
-        epilog="example: %(prog)s --model-config serve_config/model-config-gpu.yaml --output build/gpu/digits.mar",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Build an archive, smoke-test it, and write its SHA-256 into a file beside it.",
+        epilog="example:\n  %(prog)s --model-config serve_config/model-config-gpu.yaml --output build/gpu/digits.mar",
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--output", type=Path, default=ARCHIVE, help="the archive; its stem is the model")
-    parser.add_argument("--model-file", type=Path, default=MODEL_FILE, help="defines the network")
-    parser.add_argument("--weights", type=Path, default=WEIGHTS_FILE, help="its weights")
-    parser.add_argument("--model-config", type=Path, default=MODEL_CONFIG, help="TorchServe's YAML")
+    parser.add_argument(
+        "--output", type=Path, default=ARCHIVE, metavar="FILE", help="archive to write; its stem is the model's name"
+    )
+    parser.add_argument(
+        "--model-file", type=Path, default=MODEL_FILE, metavar="FILE", help="Python file that defines the network"
+    )
+    parser.add_argument("--weights", type=Path, default=WEIGHTS_FILE, metavar="FILE", help="the network's weights, safetensors")
+    parser.add_argument("--model-config", type=Path, default=MODEL_CONFIG, metavar="FILE", help="TorchServe's model-config.yaml")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Build and prove. Returns the exit code: 1 where the archive does not load."""
+    """Build and smoke-test. Returns the exit code: 1 where there is no archive that gives its reference answer."""
     arguments = build_parser().parse_args(argv)
     try:
         checksum = build_archive(
@@ -182,10 +188,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             model_config=arguments.model_config,
         )
         report = smoke_test(arguments.output)
-    except RuntimeError as error:  # an ArchiveError too
-        print(error, file=sys.stderr)
+    except (RuntimeError, ValueError, OSError) as error:  # an ArchiveError is a RuntimeError
+        print(f"error: {error}", file=sys.stderr)
         return 1
     checksum_file_of(arguments.output).write_text(f"{checksum}  {arguments.output.name}\n")
     print(f"{checksum}  {arguments.output}")
-    print(f"loads in a fresh process: {json.dumps(report)}", file=sys.stderr)
+    print(f"smoke test passed: {json.dumps(report)}", file=sys.stderr)
     return 0

@@ -1,4 +1,4 @@
-"""A network -> an image and the right answer to it, for the archive, so that anyone can ask a server whether it is right.
+"""A network -> an image and the reference answer to it, which the archive carries.
 
 The answer is PyTorch's own, by autograd in float64, and shares nothing with the compiled pass that a worker uses.
 `scripts/serving/ready.py` compares a server's answers with it, and `smoke_test.py` those of each new archive.
@@ -23,15 +23,15 @@ MAX_TRIES = 1000
 
 
 def make_reference_answer(network: nn.Module, weights_sha256: str) -> bytes:
-    """Find an image that is clearly of one class and so far from every kink that its map is the same on any device; answer it.
+    """Answer an image that is clearly of one class, and so far from every kink that its saliency map is the same on any device.
 
     Args:
-        network: says its INPUT_SHAPE, of one channel.
-        weights_sha256: of its weights.
+        network: has an INPUT_SHAPE of one channel.
+        weights_sha256: SHA-256 of its weights, in hexadecimal.
     Returns:
         JSON, the fields of `scripts.serving.ready.ReferenceAnswer`. The same network gives the same bytes.
     Raises:
-        ValueError: there is no such image.
+        ValueError: no such image was found.
     """
     exact = freeze(copy.deepcopy(network)).cpu().double()
     _, height, width = cast(Shape, network.INPUT_SHAPE)
@@ -55,7 +55,7 @@ def make_reference_answer(network: nn.Module, weights_sha256: str) -> bytes:
 
 
 def _explain(network: nn.Module, pixels: torch.Tensor, digit: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, K), and the gradient of one class's logit (N, 1, H, W), of pixels (N, 1, H, W)."""
+    """Score pixels (N, 1, H, W): logits (N, K), and the gradient of one class's logit (N, 1, H, W)."""
     pixels.requires_grad_()
     logits = network(pixels)
     (gradient,) = torch.autograd.grad(logits[:, digit].sum(), pixels)

@@ -2,9 +2,9 @@
 
     python -P smoke_test.py UNPACKED        (with PYTHONPATH=UNPACKED, as TorchServe sets it)
 
-Run by `package.py` in a process that sees nothing of the repo. Prints one line of JSON: the model as the handler describes it,
-the digit that it reads in the archive's own image, by what it is differentiated, and the largest difference between its logits
-and gradient and those that the archive references.
+`package.py` runs it in a process that sees nothing of the repo. Prints one line of JSON: the model as the handler describes it,
+the digit that it predicts for the archive's own image, what differentiates it, and the largest difference between its logits and
+gradient and those of the archive's reference answer.
 """
 
 import importlib
@@ -20,7 +20,7 @@ TOLERANCE = 5e-5  # in logits, and in logit per unit of intensity: float32 besid
 
 
 def main() -> int:
-    """Returns the exit code: 1 where the answer is not the expected one."""
+    """Compare the archive's answer with its reference answer. Returns the exit code: 1 where they differ."""
     model_dir = Path(sys.argv[1]).resolve()
     manifest = json.loads((model_dir / "MAR-INF" / "MANIFEST.json").read_text())["model"]
     service = ModelLoaderFactory.get_model_loader().load(manifest["modelName"], str(model_dir), manifest["handler"], batch_size=1)
@@ -33,7 +33,7 @@ def main() -> int:
 
     context: Context = service.context
     context.request_processor = [RequestProcessor({"explain": "True"})]
-    (body,) = handler.handle([{"body": {"data": reference["pixels"]}}], context)
+    (body,) = handler.handle([{"body": {"data": reference["pixels"], "prepare": "none"}}], context)
     reply = json.loads(body)
 
     served = [*reply["logits"], *itertools.chain(*reply["explanation"]["saliency"])]

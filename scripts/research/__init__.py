@@ -1,1 +1,1 @@
-"""How good the saliency maps and the answers are: evaluations, class images, localisation. Nothing that serves imports these."""
+"""Evaluations of the saliency maps and of the answers, class images, localisation. Nothing that serves imports these."""

@@ -1,8 +1,8 @@
-"""Send MNIST's test images through a real server over HTTP, as they are and as photographs, and count the right answers.
+"""Send MNIST's test images to a real server over HTTP, as they are and as photographs, and count the right answers.
 
     python -m scripts.research.accuracy --data-dir build/data
 
-Starts a server of its own on free ports. The photographs are those of model/photograph.py.
+Starts a server of its own on free ports. The photographs are made by model/photograph.py.
 """
 
 import argparse
@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from model.data import load_mnist
 from model.photograph import SCENES, ink_of, photograph
+from scripts.command_line import HelpFormatter
+from scripts.paths import BUILD, DATA_DIR
 from scripts.serving.launcher import Ports, ServeError, Settings, TorchServe
 
 CONNECTIONS = 16
@@ -29,15 +31,15 @@ HUGE_SHARE = 0.1  # of the photographs of the kind "huge", which take seconds to
 
 
 def count_right_answers(files: Iterable[bytes], labels: Sequence[int], route: str, *, name: str = "") -> int:
-    """Ask for every image over HTTP. One that is refused as blank or unreadable counts as wrong.
+    """Ask for every image over HTTP. A refusal (4xx) counts as a wrong answer.
 
     Args:
         files: image files.
-        labels: what they show, 0-9.
-        route: such as http://127.0.0.1:8080/predictions/digits.
+        labels: the digits that they show, 0-9.
+        route: a URL, such as http://127.0.0.1:8080/predictions/digits.
         name: shown beside the progress bar.
     Raises:
-        requests.HTTPError: the server failed.
+        requests.HTTPError: the server failed (5xx).
     """
     sessions = local()
 
@@ -56,7 +58,7 @@ def count_right_answers(files: Iterable[bytes], labels: Sequence[int], route: st
 
 
 def png_of(levels: NDArray[np.uint8]) -> bytes:
-    """A grey image as a PNG file."""
+    """Write a grey image (H, W) as a PNG file."""
     content = BytesIO()
     Image.fromarray(levels).save(content, format="PNG")
     return content.getvalue()
@@ -67,13 +69,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.research.accuracy",
         description="Count right answers on MNIST's test images over HTTP.",
-        epilog="example: %(prog)s --data-dir ~/data",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="example:\n  %(prog)s --data-dir ~/data --photographs 100",
+        formatter_class=HelpFormatter,
     )
+    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="torchvision's root folder; downloads where missing")
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("build/data"), help="torchvision's root folder; downloads where missing"
+        "--photographs", type=int, default=500, metavar="N", help="of each kind, and a tenth of it of the huge ones; 0 for none"
     )
-    parser.add_argument("--photographs", type=int, default=500, help="of each kind; a tenth of the huge ones; 0 for none")
     return parser
 
 
@@ -82,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     images, labels = (tensor.numpy() for tensor in load_mnist(arguments.data_dir, train=False))
     try:
-        with TorchServe(Settings(ports=Ports.free(), log_dir=Path("build/logs-accuracy"))) as server:
+        with TorchServe(Settings(ports=Ports.free(), log_dir=BUILD / "logs-accuracy")) as server:
             route = f"{server.address}/predictions/{server.model_name}"
             right = count_right_answers((png_of(image[0]) for image in images), labels.tolist(), route, name="MNIST")
             print(f"| MNIST's test images | {right / len(images):.2%} | {len(images):,} |", flush=True)

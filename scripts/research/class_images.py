@@ -1,11 +1,11 @@
-"""What the network takes for the very image of each class.
+"""Make the image that the network scores highest for each class.
 
     python -m scripts.research.class_images --data-dir build/data
 
 Simonyan, Vedaldi and Zisserman, arXiv 1312.6034, section 2: the image I that maximises S_c(I) - lambda ||I||^2, found by
-gradient ascent from the zero image, where I is counted from the training images' mean. There is no other prior, so nothing
-keeps it a pen's stroke: it may go below black, and show several strokes at once. Prints each class's score beside that of real
-digits.
+gradient ascent from the zero image, where I is counted from the training images' mean. There is no other prior, so the image need
+not look like a pen's stroke: it may go below black, and show several strokes at once. Prints each class's score beside the mean
+score of real digits.
 """
 
 import argparse
@@ -18,11 +18,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from handler.gradients.explain import freeze, predict_and_explain
+from handler.gradients.explain import predict_and_explain
 from handler.render.drawing import Layout, Row, Style, draw
-from handler.runtime.archive import ArchiveError, load_weights
+from handler.runtime.archive import ArchiveError
 from model.data import load_mnist
 from model.network import DigitNetwork
+from scripts.command_line import HelpFormatter
+from scripts.network import load_committed_network
+from scripts.paths import BUILD, DATA_DIR, WEIGHTS_FILE
 
 REGULARISATION = 0.4  # lambda, logit per squared intensity: so that made images have about the norm of real digits
 STEPS = 500
@@ -38,10 +41,12 @@ def make_class_images(
 
     Args:
         network: frozen.
-        start: float (1, 28, 28), the image that norms are counted from, and that the ascent starts at.
-        regularisation: lambda, above 0.
+        class_count: of the network.
+        start: float (C, H, W), the image that the ascent starts at, and that norms are counted from.
+        regularisation: lambda, above 0, in logit per squared intensity.
+        steps: of the ascent.
     Returns:
-        float (class_count, 1, 28, 28), the images less `start`.
+        float (class_count, C, H, W), the images less `start`.
     """
     made = torch.zeros(class_count, *start.shape)
     targets = [(target,) for target in range(class_count)]
@@ -53,7 +58,7 @@ def make_class_images(
 
 
 def score(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Logits of many images: (N, 1, 28, 28) -> (N, K)."""
+    """Score many images, batch by batch: (N, C, H, W) -> logits (N, K)."""
     with torch.inference_mode():
         return torch.cat([network(batch) for batch in pixels.split(BATCH_SIZE)])
 
@@ -72,38 +77,40 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m scripts.research.class_images",
         description="Make the image that maximises each class's score; exit with 1 where one does not beat real digits.",
-        epilog="example: %(prog)s --data-dir ~/data --regularisation 0.1",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="example:\n  %(prog)s --data-dir ~/data --regularisation 0.1",
+        formatter_class=HelpFormatter,
     )
+    parser.add_argument("--data-dir", type=Path, default=DATA_DIR, help="torchvision's root folder; downloads where missing")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS_FILE, metavar="FILE", help="the digits network's, safetensors")
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("build/data"), help="torchvision's root folder; downloads where missing"
+        "--regularisation",
+        type=_read_positive,
+        default=REGULARISATION,
+        metavar="LAMBDA",
+        help="in logit per squared intensity; larger makes fainter images",
     )
-    parser.add_argument("--weights", type=Path, default=Path("model/weights.safetensors"))
-    parser.add_argument("--regularisation", type=_read_positive, default=REGULARISATION, help="lambda: larger is fainter")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--output", type=Path, default=Path("build/classes.png"), help="the PNG")
+    parser.add_argument("--steps", type=int, default=STEPS, metavar="N", help="of the gradient ascent")
+    parser.add_argument("--output", type=Path, default=BUILD / "classes.png", metavar="FILE", help="PNG to write")
     return parser
 
 
 def _read_positive(text: str) -> float:
     number = float(text)
     if not number > 0:
-        raise argparse.ArgumentTypeError(f"got {text}; a number above 0 is accepted: without it there is no maximum")
+        raise argparse.ArgumentTypeError(f"expected a number above 0, without which there is no maximum; got {text}")
     return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make, check, draw. Returns the exit code: 1 where an image does not beat real digits, 2 where there are none to beat."""
+    """Make, check, draw. Returns the exit code: 1 where an image does not beat real digits, 2 without weights or real digits."""
     arguments = build_parser().parse_args(argv)
-    network = DigitNetwork()
     try:
-        load_weights(network, arguments.weights)
+        network = load_committed_network(arguments.weights)
         images, labels = load_mnist(arguments.data_dir, train=False)
     except (ArchiveError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    freeze(network)
-    mean = network.mean.expand(DigitNetwork.INPUT_SHAPE)
+    mean = network.get_buffer("mean").expand(DigitNetwork.INPUT_SHAPE)
     made = make_class_images(
         network, DigitNetwork.CLASS_COUNT, mean, regularisation=arguments.regularisation, steps=arguments.steps
     )

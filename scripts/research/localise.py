@@ -1,10 +1,10 @@
-"""Ask a running server which pixels speak for the digit, and find the whole digit in the image from them.
+"""Find a digit in an image by its saliency map: ask a running server for the map, and grow the most salient pixels to the digit.
 
     python -m scripts.research.localise build/photographs/*.jpg
 
 Simonyan, Vedaldi and Zisserman, arXiv 1312.6034, section 3.2: the most salient pixels are the seed of GrabCut (Rother et al.,
-2004), which then parts ink from paper by colour. Prints how far the box found and the box of the ink that the server reports
-overlap, beside the overlap that a seed of random pixels reaches, and writes an image. Needs OpenCV: opencv-python-headless.
+2004), which then separates ink from paper by colour. Prints the overlap of the box found with the box of the ink that the server
+reports, beside the overlap that a seed of random pixels reaches, and writes a PNG. Needs OpenCV: opencv-python-headless.
 """
 
 import argparse
@@ -24,30 +24,31 @@ from tqdm import tqdm
 
 from handler.images.decode import decode_image
 from handler.render.drawing import Row, Style, draw
-from scripts.paths import MODEL_NAME
+from scripts.command_line import HelpFormatter
+from scripts.paths import BUILD, MODEL_NAME
 from scripts.serving.explain import ExplainError, request_explanation
 
-SEED_QUANTILE = 0.95  # of the absolute map: what is not below is the seed of the foreground
-# GrabCut has every pixel on one side from the start, so all others start as background. The paper takes the lowest 30 % for it;
-# held fast there they would cut holes into broad strokes, in the middle of which the gradient is as small as on paper.
+SEED_QUANTILE = 0.95  # of the absolute map: the pixels at and above it are the seed of the foreground
+# GrabCut has every pixel on one side from the start, so all others start as background, and may change sides. The paper fixes the
+# lowest 30 % as background: that would cut holes into broad strokes, in the middle of which the gradient is as small as on paper.
 ITERATIONS = 5
 WORKING_SIDE = 280  # pixels of the longer side: GrabCut takes seconds for a photograph, and finds nothing in a thumbnail
-ACCEPTED_OVERLAP = 0.5  # of boxes, intersection over union: the ILSVRC's bound, by which the paper counts a hit
+ACCEPTED_OVERLAP = 0.5  # of boxes, intersection over union: the ILSVRC's bound, which the paper uses
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom lie outside
 
 
 class LocaliseError(RuntimeError):
-    """There is nothing to find; the message says why, for a person."""
+    """No digit was found; the message says why, for a person."""
 
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where a digit is in an image.
+    """The place of a digit in an image.
 
     Attributes:
         ink: bool (H, W), the largest connected piece of the foreground.
-        box: around it.
+        box: the ink's bounding box.
     """
 
     ink: NDArray[np.bool_]
@@ -55,11 +56,11 @@ class Location:
 
 
 def localise(grey: NDArray[np.float32], saliency: NDArray[np.float32]) -> Location:
-    """Find what the most salient pixels belong to.
+    """Find the digit that the most salient pixels belong to.
 
     Args:
         grey: float32 (H, W), grey levels in [0, 1].
-        saliency: float32 (H, W), the map of the same image.
+        saliency: float32 (H, W), the saliency map of the same image.
     Raises:
         LocaliseError: the map is flat, or GrabCut finds no foreground.
         ImportError: there is no OpenCV.
@@ -72,7 +73,7 @@ def localise(grey: NDArray[np.float32], saliency: NDArray[np.float32]) -> Locati
     sizes = _resize(np.abs(saliency), height, width)
     seed = (sizes >= np.quantile(sizes, SEED_QUANTILE)) & (sizes > sizes.min())  # also where many are the largest, or zero
     if not seed.any():
-        raise LocaliseError("the map is flat: there is no pixel to start from")
+        raise LocaliseError("the map is flat: no pixel is more salient than the others")
     sides = np.where(seed, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)  # (height, width), changed in place
     cv2.setRNGSeed(0)  # of the clustering of colours
     models = np.zeros((1, 65)), np.zeros((1, 65))
@@ -84,7 +85,7 @@ def localise(grey: NDArray[np.float32], saliency: NDArray[np.float32]) -> Locati
     ink = np.asarray(Image.fromarray(largest).resize(grey.shape[::-1], Image.Resampling.NEAREST))
     ys, xs = np.nonzero(ink)
     if not len(ys):
-        raise LocaliseError("GrabCut finds nothing that is as large as a pixel")
+        raise LocaliseError("GrabCut finds no foreground of a pixel or more")
     return Location(ink, (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1))
 
 
@@ -96,7 +97,7 @@ def _resize(numbers: NDArray[np.float32], height: int, width: int) -> NDArray[np
 
 
 def overlap(box: Sequence[int], other: Sequence[int]) -> float:
-    """Intersection over union of two boxes (left, top, right, bottom), 0-1."""
+    """Compute the intersection over union of two boxes (left, top, right, bottom), 0-1."""
     width = max(0, min(box[2], other[2]) - max(box[0], other[0]))
     height = max(0, min(box[3], other[3]) - max(box[1], other[1]))
     areas = [(right - left) * (bottom - top) for left, top, right, bottom in (box, other)]
@@ -104,7 +105,7 @@ def overlap(box: Sequence[int], other: Sequence[int]) -> float:
 
 
 def overlap_at_random(grey: NDArray[np.float32], saliency: NDArray[np.float32], box: Sequence[int]) -> float:
-    """The control: the overlap that the same map reaches with its numbers in random places; 0 where that finds nothing."""
+    """Compute the control: the overlap of the same map with its numbers in random places; 0 where that finds nothing."""
     shuffled = np.random.default_rng(0).permutation(saliency.ravel()).reshape(saliency.shape)
     try:
         return overlap(localise(grey, shuffled).box, box)
@@ -113,7 +114,7 @@ def overlap_at_random(grey: NDArray[np.float32], saliency: NDArray[np.float32], 
 
 
 def read_map(explanation: dict[str, Any]) -> NDArray[np.float32]:
-    """The map of a reply with `encoding` "base64"."""
+    """Decode the saliency map of a reply with `encoding` "base64": float32, of the reply's `shape`."""
     numbers = np.frombuffer(base64.b64decode(explanation["saliency"]), "<f4")
     return numbers.reshape(explanation["shape"]).astype(np.float32)
 
@@ -121,10 +122,14 @@ def read_map(explanation: dict[str, Any]) -> NDArray[np.float32]:
 def draw_location(
     grey: NDArray[np.float32], saliency: NDArray[np.float32], digit: int, location: Location, size: int
 ) -> Image.Image:
-    """Draw the map over the image, and beside it the outline of the ink and the box.
+    """Draw the saliency map over the image, and beside it the outline of the ink and its box.
 
     Args:
-        size: pixels of the longer side of each of the two panels.
+        grey: float32 (H, W), grey levels in [0, 1].
+        saliency: float32 (H, W).
+        digit: the class of the map.
+        location: the digit's place.
+        size: longer side of each of the two panels, in pixels.
     """
     with Image.open(BytesIO(draw([Row(grey, saliency[None], (digit,))], Style(size=size)))) as opened:
         overlay = opened.convert("RGB")
@@ -158,16 +163,16 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.research.localise",
-        description="Find the digit in images, from the most salient pixels that a running server reports.",
-        epilog="example: %(prog)s build/photographs/*.jpg --output build/localised.png",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Find the digit in images, by the saliency maps of a running server.",
+        epilog="example:\n  %(prog)s build/photographs/*.jpg --output build/localised.png",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files")
-    parser.add_argument("--url", default="http://127.0.0.1:8080", help="the inference API")
+    parser.add_argument("--url", default="http://127.0.0.1:8080", help="address of the inference API")
     parser.add_argument("--model", default=MODEL_NAME, help="the served model's name")
-    parser.add_argument("--size", type=int, default=224, help="pixels of the longer side of one panel")
-    parser.add_argument("--columns", type=int, default=1, help="images beside each other in the PNG")
-    parser.add_argument("--output", type=Path, default=Path("build/localised.png"), help="the PNG")
+    parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="longer side of one panel")
+    parser.add_argument("--columns", type=int, default=1, metavar="N", help="images in a row of the PNG")
+    parser.add_argument("--output", type=Path, default=BUILD / "localised.png", metavar="FILE", help="PNG to write")
     return parser
 
 
@@ -177,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     drawings, lines = [], []
     overlaps = []  # by the map, and by random pixels
     try:
-        import cv2  # noqa: F401 - say that it is missing before anything is asked
+        import cv2  # noqa: F401  # say that it is missing before anything is asked
 
         for image in tqdm(arguments.images, unit="image", disable=None):
             options = {"space": "image", "encoding": "base64"}
@@ -187,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             grey, saliency = decode_image(image.read_bytes()).grey, read_map(reply["explanation"])
             line = f"{image}: digit {reply['digit']}"
             found = 0.0
-            ink_box = reply["preparation"].get("ink_box")  # none of an image that is canonical already
+            ink_box = reply["preparation"].get("ink_box")  # absent where the image is canonical already
             try:
                 location = localise(grey, saliency)
             except LocaliseError as error:

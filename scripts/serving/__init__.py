@@ -1,1 +1,1 @@
-"""Serve an archive, wait until it answers rightly, ask it."""
+"""Serve an archive, wait until it gives the right answers, ask it."""

@@ -1,7 +1,7 @@
-"""The token that a client sends, read from a file.
+"""A file -> the token that a client sends.
 
-Takes TorchServe's own key_file.json, or a file that holds a token and nothing else. Knows nothing of HTTP. A token never stands
-in a message, on a command line or in a log.
+The file is TorchServe's own key_file.json, or holds a token and nothing else. Knows nothing of HTTP. A token never stands in a
+message, on a command line or in a log.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 class CredentialsError(RuntimeError):
-    """There is no token to send; the message says why, for a person."""
+    """The file holds no token; the message says why, for a person."""
 
 
 def read_token(file: Path, role: str = "inference") -> str:
@@ -18,7 +18,7 @@ def read_token(file: Path, role: str = "inference") -> str:
 
     Args:
         file: TorchServe's key_file.json, or a plain token.
-        role: which of key_file.json's: "inference", "management" or "API" (which renews the other two).
+        role: of the tokens in key_file.json, "inference", "management" or "API" (which renews the other two).
     Raises:
         CredentialsError: the file cannot be read, or holds no token.
     """
@@ -27,13 +27,13 @@ def read_token(file: Path, role: str = "inference") -> str:
     except OSError as error:
         raise CredentialsError(f"{file}: {error.strerror}") from error
     token: object = text.strip()
-    with contextlib.suppress(ValueError, KeyError, TypeError):  # a plain token is no JSON, or no object
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # a plain token is not a JSON object
         token = json.loads(text)[role]["key"]
     if not (isinstance(token, str) and token.isascii() and token.isprintable() and token and " " not in token):
-        raise CredentialsError(f"{file} holds no token: neither TorchServe's key_file.json nor one line of printable ASCII")
+        raise CredentialsError(f"{file} holds no token: expected TorchServe's key_file.json or one line of printable ASCII")
     return token
 
 
 def authorization(token: str | None) -> dict[str, str]:
-    """The request header that carries a token; none where there is no token."""
+    """Make the request header that carries a token; none where there is no token."""
     return {"Authorization": f"Bearer {token}"} if token else {}

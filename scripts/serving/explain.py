@@ -1,9 +1,9 @@
-"""Ask a running server for digits and their reasons; write an image of both.
+"""Ask a running server for digits and their saliency maps; draw both.
 
     python -m scripts.serving.explain model/samples/7-0.png --target 7
 
-A hardened server is asked with its token (`--key-file`), over https (`--ca-file`). Prints one line an image, and writes a PNG
-with each image as the network saw it beside its saliency maps.
+A hardened server needs its token (`--key-file`) and https (`--ca-file`). Prints one line for each image, and writes a PNG that
+shows each image, as the network saw it, beside its saliency maps.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from handler.gradients.methods import METHODS
 from handler.images.decode import decode_image
 from handler.images.digits import prepare_digit
 from handler.render.drawing import Layout, Row, Style, draw
-from scripts.paths import MODEL_NAME
+from scripts.command_line import HelpFormatter
+from scripts.paths import BUILD, MODEL_NAME
 from scripts.serving.credentials import CredentialsError, authorization, read_token
 
 TIMEOUT_S = 60
@@ -29,11 +30,11 @@ TIMEOUT_S = 60
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What a hardened server asks of its clients; nothing of it is needed in development.
+    """The token and the certificates that a client of a hardened server needs; in development it needs neither.
 
     Attributes:
         token: sent as Authorization: Bearer ...
-        ca_file: certificates to trust, as PEM, instead of the system's.
+        ca_file: certificates to trust, PEM, instead of the system's.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -41,7 +42,7 @@ class Access:
 
 
 class ExplainError(RuntimeError):
-    """There is no answer; the message says why, for a person."""
+    """The server gave no answer; the message says why, for a person."""
 
 
 def request_explanation(
@@ -55,11 +56,11 @@ def request_explanation(
         url: address of the inference API, such as http://127.0.0.1:8080.
         model: the served model's name.
         target: as the API takes it: a class, "predicted", classes with commas, or "all".
-        options: more of the API's options.
+        options: further options of the API.
     Returns:
-        the reply, as the README's API section describes it.
+        the reply, as the API reference describes it.
     Raises:
-        ExplainError: no server there, or it refused the request.
+        ExplainError: no server answers, it refuses the request, or the image file cannot be read.
     """
     try:
         with image.open("rb") as opened:
@@ -90,10 +91,13 @@ def _error_message(reply: requests.Response) -> str:
 
 
 def draw_explanations(images: Sequence[Path], replies: Sequence[dict[str, Any]], output: Path, *, size: int) -> None:
-    """Draw each image as the network saw it, beside its maps and their colour bar, one row an image, into a PNG.
+    """Draw each image as the network saw it, beside its saliency maps and their colour bar, as one row of a PNG.
 
     Args:
-        size: pixels of the longer side of one panel.
+        images: image files.
+        replies: one for each image, see `request_explanation`.
+        output: the PNG; its folder is made.
+        size: longer side of one panel, in pixels.
     Raises:
         InvalidOption: the drawing would be too large.
     """
@@ -114,19 +118,21 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.serving.explain",
-        description="Ask a running server which digits these are and why; write an image of both.",
-        epilog="example: %(prog)s model/samples/4-1.png --target 4,9 --output build/four-or-nine.png",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Ask a running server which digits these are, and which pixels say so; draw both.",
+        epilog="example:\n  %(prog)s model/samples/4-1.png --target 4,9 --output build/four-or-nine.png",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="image files")
-    parser.add_argument("--target", default="predicted", help="a class, 'predicted', several with commas, or 'all'")
-    parser.add_argument("--method", default="gradient", choices=list(METHODS), help="how maps are made, with its own defaults")
-    parser.add_argument("--url", default="http://127.0.0.1:8080", help="the inference API")
+    parser.add_argument("--target", default="predicted", help="classes to explain: 'predicted', 'all', or numbers with commas")
+    parser.add_argument("--method", default="gradient", choices=list(METHODS), help="attribution method, with its defaults")
+    parser.add_argument("--url", default="http://127.0.0.1:8080", help="address of the inference API")
     parser.add_argument("--model", default=MODEL_NAME, help="the served model's name")
-    parser.add_argument("--key-file", type=Path, help="the token: TorchServe's key_file.json, or a file that holds it alone")
-    parser.add_argument("--ca-file", type=Path, help="for https: certificates to trust, as PEM")
-    parser.add_argument("--size", type=int, default=224, help="pixels of the longer side of one panel")
-    parser.add_argument("--output", type=Path, default=Path("build/explanation.png"), help="the PNG")
+    parser.add_argument(
+        "--key-file", type=Path, metavar="FILE", help="token: TorchServe's key_file.json, or a file with a token alone"
+    )
+    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="certificates to trust over https, PEM")
+    parser.add_argument("--size", type=int, default=224, help="longer side of one panel, in pixels")
+    parser.add_argument("--output", type=Path, default=BUILD / "explanation.png", help="PNG to write")
     return parser
 
 

@@ -1,6 +1,6 @@
-"""What a hardened server has to hold before it serves, and when it does.
+"""Checks of a hardened server, before it serves and once it does.
 
-Knows nothing of how the server is started: `serve.py` does that. Every check names what is wrong and what would be right. What
+Knows nothing of how the server is started: `server.py` does that. Every check names what is wrong and what would be right. What
 these settings defend, and against whom, stands in .github/SECURITY.md.
 """
 
@@ -14,39 +14,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.packaging.package import checksum_file_of
-from scripts.paths import ROOT
+from scripts.paths import BUILD, HARDENED_CONFIGURATION, ROOT, SERVE_CONFIG
 
 KEY_FILE = "key_file.json"  # TorchServe writes it into the folder that it is started in
+TOKENS_ON = "disable_token_authorization=false"  # a line of config.properties
 RSA_KEY = bytes.fromhex("2a864886f70d010101")  # rsaEncryption in DER: stands in certificates of RSA keys, and in no others
 FIRST_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 TLS_TIMEOUT_S = 10
 
 
 class HardeningError(RuntimeError):
-    """The server would be open in a way that it must not be; the message says which, for a person."""
+    """The server would not be as closed as it must be; the message says why, for a person."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hardening:
-    """What a hardened server needs beside the settings of any.
+    """The settings that a hardened server needs beside those of every server.
 
     Attributes:
-        certificate: its own, PEM; followed by those that lead to a trusted one, where there are any.
-        private_key: of the certificate, RSA, PEM, not encrypted.
-        inference_host: where requests are taken; everything else stays on loopback.
-        key_dir: a folder of the server's own, for the tokens.
+        certificate: the server's certificate, PEM; intermediate certificates may follow in the same file.
+        private_key: the certificate's private key, RSA, PEM, not encrypted.
+        inference_host: the IPv4 address or name that requests are taken at; everything else stays on loopback.
+        key_dir: a folder for the tokens, which belongs to the server alone.
         allow_privileged_user: serve even as root, or as a user who can change the code.
     """
 
     certificate: Path
     private_key: Path
     inference_host: str = "127.0.0.1"
-    key_dir: Path = ROOT / "build" / "keys"
+    key_dir: Path = BUILD / "keys"
     allow_privileged_user: bool = False
 
     @property
     def key_file(self) -> Path:
-        """TorchServe's tokens, mode 0600."""
+        """The file of TorchServe's tokens, mode 0600."""
         return self.key_dir / KEY_FILE
 
     @property
@@ -56,12 +57,17 @@ class Hardening:
 
 
 def verify_checksum(content: bytes, archive: Path, expected: str | None, *, required: bool) -> None:
-    """Hold an archive against its SHA-256: the one given, else the one in the file beside it.
+    """Compare an archive's SHA-256 with the expected one: the one given, else the one in the file beside the archive.
 
+    Args:
+        content: the archive's bytes.
+        archive: its path.
+        expected: hexadecimal, in any letter case; None for the file beside the archive.
+        required: whether there must be an expected one.
     Raises:
         HardeningError: they differ, or there is none though one is required.
     """
-    source = "the one given"
+    source = "--archive-sha256"
     beside = checksum_file_of(archive)
     if expected is None and beside.is_file():
         expected, source = beside.read_text().partition(" ")[0].strip(), str(beside)
@@ -69,39 +75,57 @@ def verify_checksum(content: bytes, archive: Path, expected: str | None, *, requ
         if required:
             raise HardeningError(f"there is no checksum of {archive}: give --archive-sha256, or build it with make package")
         return
-    found = hashlib.sha256(content).hexdigest()
-    if found != expected.lower():
-        raise HardeningError(f"{archive} is not what was built: its SHA-256 is {found}, and {source} is {expected!r}")
+    actual = hashlib.sha256(content).hexdigest()
+    if actual != expected.lower():
+        raise HardeningError(f"{archive} is not what was built: expected SHA-256 {expected!r} ({source}), got {actual}")
+
+
+def require_hardening(hardening: Hardening, configuration: Path) -> None:
+    """Check a hardened server's user, its tokens and its certificate, before it starts.
+
+    Args:
+        hardening: the server's own settings.
+        configuration: the config.properties that it will start from.
+    Raises:
+        HardeningError: the user can do more than serve, tokens are off, or TLS cannot be served with the certificate.
+    """
+    if not hardening.allow_privileged_user:
+        require_least_privileges()
+    if TOKENS_ON not in configuration.read_text().splitlines():
+        raise HardeningError(f"expected {TOKENS_ON} in {configuration}, as in {HARDENED_CONFIGURATION.name}")
+    require_usable_certificate(hardening.certificate, hardening.private_key)
 
 
 def require_least_privileges() -> None:
-    """Raise HardeningError where this process may do more than serve: as root, or with the right to change its own code."""
-    advice = "start it as a user of its own (serve_config/digits.service does), or allow it with --allow-privileged-user"
+    """Raise HardeningError where this process can do more than serve: as root, or with the right to change its own code."""
+    advice = "start it as a user of its own, as serve_config/digits.service does, or pass --allow-privileged-user"
     if os.geteuid() == 0:
         raise HardeningError(f"a hardened server does not run as root; {advice}")
-    code = [ROOT, *(ROOT / name for name in ("scripts", "serve_config")), Path(sysconfig.get_path("purelib"))]
+    code = [ROOT, ROOT / "scripts", SERVE_CONFIG, Path(sysconfig.get_path("purelib"))]
     writable = [str(folder) for folder in code if os.access(folder, os.W_OK)]
     if writable:
-        raise HardeningError(f"a hardened server cannot change its own code, and this user may write {writable[0]}; {advice}")
+        raise HardeningError(f"a hardened server cannot change its own code, but this user can write {writable[0]}; {advice}")
 
 
 def require_usable_certificate(certificate: Path, private_key: Path) -> None:
-    """Raise HardeningError where TorchServe could not serve TLS with these: missing, not a pair, not RSA, a readable key."""
+    """Raise HardeningError where TorchServe cannot serve TLS with these: missing, not a pair, not RSA, or a readable key."""
     try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, private_key, password=lambda: "")
         if private_key.stat().st_mode & 0o007:
-            raise HardeningError(f"everyone on this machine can read {private_key}; chmod it to 600")
+            raise HardeningError(f"everyone on this machine can read {private_key}; set its mode to 600")
         if RSA_KEY not in _first_certificate(certificate):
-            raise HardeningError(f"{certificate} is of no RSA key, and TorchServe's TLS knows no other")
+            raise HardeningError(f"expected the certificate of an RSA key, as TorchServe serves no other; got {certificate}")
     except FileNotFoundError as error:
         missing = next(file for file in (certificate, private_key) if not file.is_file())
         raise HardeningError(f"there is no file {missing}") from error
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
-        raise HardeningError(f"{certificate} and {private_key} are no certificate and its unencrypted key: {error}") from error
+        raise HardeningError(
+            f"expected a certificate and its unencrypted key, got {certificate} and {private_key}: {error}"
+        ) from error
 
 
 def require_own_certificate(hardening: Hardening, port: int) -> None:
-    """Raise HardeningError where the inference address does not answer in TLS with the certificate that was given."""
+    """Raise HardeningError where the inference address does not present the hardened server's certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE  # it is compared instead, byte for byte
@@ -112,20 +136,20 @@ def require_own_certificate(hardening: Hardening, port: int) -> None:
         ):
             served = secured.getpeercert(binary_form=True)
     except OSError as error:
-        raise HardeningError(f"the inference address does not answer in TLS: {error}") from error
+        raise HardeningError(f"the inference address does not speak TLS: {error}") from error
     if served != _first_certificate(hardening.certificate):
-        raise HardeningError(f"the inference address does not answer with {hardening.certificate}")
+        raise HardeningError(f"expected the inference address to present {hardening.certificate}, got another certificate")
 
 
 def _first_certificate(file: Path) -> bytes:
     found = FIRST_CERTIFICATE.search(file.read_text())
     if found is None:
-        raise ValueError("no certificate")
+        raise ValueError("there is no certificate in it")
     return ssl.PEM_cert_to_DER_cert(found[0])
 
 
 def prepare_key_dir(key_dir: Path) -> None:
-    """Make the folder of the tokens, for this user alone, and remove what another start left in it.
+    """Make the folder of the tokens, for this user alone, and remove the tokens of an earlier start.
 
     Raises:
         HardeningError: it belongs to someone else.

@@ -1,10 +1,10 @@
-"""Ask a server whether it answers rightly: exit code 0 where it does, 1 and one line where it does not.
+"""Ask a server whether it gives the right answers: exit code 0 where it does, 1 and one line where it does not.
 
     python -m scripts.serving.ready --address http://127.0.0.1:8080 --archive build/digits.mar
 
 TorchServe's own /ping says Healthy while no worker answers. This sends the image that the archive carries, asks for a
-prediction and an explanation, and compares weights, digit, logits and map with what the archive references (`reference.py`).
-Standard library alone, so that it starts fast enough for a probe every few seconds.
+prediction and an explanation, and compares weights, digit, logits and saliency map with the archive's reference answer
+(`scripts/packaging/reference.py`). Standard library alone, so that it starts fast enough for a probe every few seconds.
 """
 
 import argparse
@@ -23,31 +23,32 @@ from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
-from scripts.paths import REFERENCE_FILE
+from scripts.command_line import HelpFormatter
+from scripts.paths import ARCHIVE, REFERENCE_FILE
 from scripts.serving.credentials import CredentialsError, authorization, read_token
 
 TOLERANCE = 1e-3  # of logits and of the map: devices differ by 1e-5, other weights by more than 0.1
 TIMEOUT_S = 5.0
 WAIT_POLL_S = 0.5
-RAMP = tuple(tuple((x + y) / 56 for x in range(28)) for y in range(28))  # sent where no archive says what to send
+RAMP = tuple(tuple((x + y) / 56 for x in range(28)) for y in range(28))  # the image that is sent where there is no archive
 
 Rows = Sequence[Sequence[float]]
 
 
 class NotReady(RuntimeError):
-    """The server does not answer, or not rightly; the message says why, for a person, in one line."""
+    """The server gives no answer or a wrong one; the message says why, for a person, in one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceAnswer:
-    """An image and the answer to it.
+    """An image and the reference answer to it; without digit, logits and saliency where only the weights are known.
 
     Attributes:
-        weights_sha256: of the weights that make the answer.
+        weights_sha256: SHA-256 of the network's weights, in hexadecimal.
         pixels: (H, W), intensity in [0, 1].
-        digit: the class that it is read as; None, as the other two, where only the weights are known.
+        digit: the predicted class.
         logits: (K,).
-        saliency: (H, W), the gradient of that class's logit.
+        saliency: (H, W), the gradient of the predicted class's logit.
     """
 
     weights_sha256: str
@@ -58,12 +59,12 @@ class ReferenceAnswer:
 
 
 def read_reference_answer(archive: Path) -> ReferenceAnswer | None:
-    """Read what an archive references.
+    """Read an archive's reference answer.
 
     Returns:
-        None where it references nothing: another packager made it.
+        None where it holds none: another packager made it.
     Raises:
-        NotReady: there is no readable archive.
+        NotReady: the archive is missing or unreadable.
     """
     try:
         with zipfile.ZipFile(archive) as opened:
@@ -71,7 +72,7 @@ def read_reference_answer(archive: Path) -> ReferenceAnswer | None:
                 return None
             return ReferenceAnswer(**json.loads(opened.read(REFERENCE_FILE)))
     except (OSError, zipfile.BadZipFile, ValueError, TypeError) as error:
-        raise NotReady(f"{archive} is no readable archive: {error}") from error
+        raise NotReady(f"{archive} is not a readable archive: {error}") from error
 
 
 def require_right_answers(
@@ -82,17 +83,17 @@ def require_right_answers(
     headers: Mapping[str, str] = MappingProxyType({}),
     tls: ssl.SSLContext | None = None,
 ) -> None:
-    """Ask for a prediction and an explanation of the expected image, and compare.
+    """Ask for a prediction and an explanation of the reference image, and compare both with the reference answer.
 
     Args:
         address: of the inference API, such as http://127.0.0.1:8080.
         model: the served model's name.
-        reference: what it should answer.
-        timeout_s: for all of it.
+        reference: the image, and the expected answer to it.
+        timeout_s: for both answers together, in seconds.
         headers: sent with both requests.
-        tls: for https: which certificates are trusted; the system's where it is None.
+        tls: says which certificates are trusted over https; None for the system's.
     Raises:
-        NotReady: no answer in time, an error, or another answer than the expected one.
+        NotReady: the server gives no answer in time, an error, or a wrong answer.
     """
     failures: list[Exception] = []
 
@@ -114,7 +115,7 @@ def require_right_answers(
             raise error
         if isinstance(error, (OSError, http.client.HTTPException)):
             raise NotReady(f"no server answers at {address}: {error}") from error
-        raise NotReady(f"{address} gives another reply than this API's: {type(error).__name__}: {error}") from error
+        raise NotReady(f"{address} does not reply as this API does: {type(error).__name__}: {error}") from error
 
 
 def _connect(address: str, timeout_s: float, tls: ssl.SSLContext | None) -> http.client.HTTPConnection:
@@ -127,8 +128,8 @@ def _connect(address: str, timeout_s: float, tls: ssl.SSLContext | None) -> http
 def _ask(
     connection: http.client.HTTPConnection, prefix: str, model: str, reference: ReferenceAnswer, headers: Mapping[str, str]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The replies to a prediction and to an explanation."""
-    body = json.dumps({"data": reference.pixels})
+    """Request a prediction and an explanation; returns both replies."""
+    body = json.dumps({"data": reference.pixels, "prepare": "none"})  # noise, which shows no digit to find
     replies = []
     for route in ("predictions", "explanations"):
         connection.request("POST", f"{prefix.rstrip('/')}/{route}/{model}", body, {**headers, "Content-Type": "application/json"})
@@ -141,7 +142,11 @@ def _ask(
 
 
 def _compare(reference: ReferenceAnswer, prediction: dict[str, Any], explained: dict[str, Any]) -> None:
-    """Raises: NotReady: something is not as expected."""
+    """Compare both replies with the reference answer, or with each other where only the weights are known.
+
+    Raises:
+        NotReady: they differ.
+    """
     explanation = explained["explanation"]
     saliency = [number for row in explanation["saliency"] for number in row]
     expected_digit = prediction["digit"] if reference.digit is None else reference.digit
@@ -149,19 +154,19 @@ def _compare(reference: ReferenceAnswer, prediction: dict[str, Any], explained: 
     for reply in (prediction, explained):
         served = reply["model"]["weights_sha256"]
         if served != reference.weights_sha256:
-            raise NotReady(f"other weights are served: {served}, and {reference.weights_sha256} were expected")
+            raise NotReady(f"other weights are served: expected {reference.weights_sha256}, got {served}")
         if reply["digit"] != expected_digit:
-            raise NotReady(f"a wrong answer: digit {reply['digit']}, and {expected_digit} was expected")
+            raise NotReady(f"a wrong answer: expected digit {expected_digit}, got {reply['digit']}")
         _require_close("logits", reply["logits"], expected_logits)
     if explanation["target"] != expected_digit:
-        raise NotReady(f"a wrong answer: class {explanation['target']} is explained, and {expected_digit} was expected")
+        raise NotReady(f"a wrong answer: expected an explanation of class {expected_digit}, got class {explanation['target']}")
     expected_saliency = saliency if reference.saliency is None else [number for row in reference.saliency for number in row]
     _require_close("saliency", saliency, expected_saliency)
 
 
 def _require_close(name: str, served: Sequence[float], expected: Sequence[float]) -> None:
     if len(served) != len(expected):
-        raise NotReady(f"a wrong answer: {len(served)} numbers of {name}, and {len(expected)} were expected")
+        raise NotReady(f"a wrong answer: expected {len(expected)} numbers of {name}, got {len(served)}")
     differences = [abs(one - other) for one, other in zip(served, expected, strict=True)]
     if not all(difference <= TOLERANCE for difference in differences):  # NaN is in no order, so it ends here too
         raise NotReady(f"a wrong answer: {name} differ from what was expected by {max(differences):.3g}, more than {TOLERANCE}")
@@ -171,30 +176,31 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.serving.ready",
-        description="Ask a server for a prediction and an explanation, and compare them with what the archive references.",
-        epilog="example: %(prog)s --archive build/digits.mar --wait 60",
+        description="Ask a server for a prediction and an explanation, and compare them with the archive's reference answer.",
+        epilog="example:\n  %(prog)s --archive build/digits.mar --wait 60",
+        formatter_class=HelpFormatter,
     )
-    parser.add_argument("--address", metavar="URL", default="http://127.0.0.1:8080", help="default: %(default)s")
+    parser.add_argument("--address", metavar="URL", default="http://127.0.0.1:8080", help="address of the inference API")
     expected = parser.add_mutually_exclusive_group()
-    expected.add_argument("--archive", type=Path, default=Path("build/digits.mar"), help="that is served; default: %(default)s")
-    expected.add_argument("--weights-sha256", metavar="HEX", help="where there is no archive: only the weights are compared")
-    parser.add_argument("--model", help="its name; default: the archive's")
+    expected.add_argument("--archive", type=Path, default=ARCHIVE, help="the served archive")
+    expected.add_argument("--weights-sha256", metavar="HEX", help="instead of an archive: compare the weights alone")
+    parser.add_argument("--model", help="the served model's name; default: the archive's")
     parser.add_argument(
-        "--key-file", type=Path, metavar="FILE", help="the token: TorchServe's key_file.json, or a file that holds it alone"
+        "--key-file", type=Path, metavar="FILE", help="token: TorchServe's key_file.json, or a file with a token alone"
     )
-    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="for https: certificates to trust, as PEM")
-    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="for both answers; default: %(default)g")
-    parser.add_argument("--wait", type=float, default=0, metavar="S", help="ask again for so long; default: ask once")
+    parser.add_argument("--ca-file", type=Path, metavar="FILE", help="certificates to trust over https, PEM")
+    parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="seconds for both answers together")
+    parser.add_argument("--wait", type=float, default=0, metavar="S", help="seconds to ask again for; 0: ask once")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Ask. Returns the exit code: 0 where the answers are right, else 1."""
+    """Ask a server. Returns the exit code: 0 where its answers are right, else 1."""
     arguments = build_parser().parse_args(argv)
     try:
         tls = ssl.create_default_context(cafile=arguments.ca_file) if arguments.ca_file else None
     except OSError as error:
-        print(f"not ready: {arguments.ca_file} holds no certificates: {error}", file=sys.stderr)
+        print(f"not ready: cannot read certificates from {arguments.ca_file}: {error}", file=sys.stderr)
         return 1
     deadline = time.monotonic() + arguments.wait
     while True:
@@ -206,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             if reference is None:
                 raise NotReady(
-                    f"{arguments.archive} references nothing; build it with scripts.packaging.package, or give --weights-sha256"
+                    f"{arguments.archive} holds no reference answer; build it with scripts.packaging, or give --weights-sha256"
                 )
             headers = authorization(read_token(arguments.key_file) if arguments.key_file else None)
             model = arguments.model or arguments.archive.stem

@@ -205,7 +205,13 @@ def test_binary_body_that_ends_early_is_refused() -> None:
 
 
 def test_parameters_of_the_protocol_that_mean_nothing_here_are_passed_over() -> None:
-    parameters = {"priority": 0, "timeout": 5, "sequence_id": 1, "sequence_start": True, "binary_data_output": False}
+    parameters: dict[str, Any] = {
+        "priority": 0,
+        "timeout": 5,
+        "sequence_id": 1,
+        "sequence_start": True,
+        "binary_data_output": False,
+    }
     parameters |= {"triton_enable_empty_final_response": False, "content_type": "np", "target": 4}
     tensor = {"name": "x", "shape": [28, 28], "datatype": "UINT8", "data": ZEROS, "parameters": {"content_type": "np"}}
     request = parse(as_json({"inputs": [tensor], "parameters": parameters, "model_name": "digits", "model_version": "1"}), JSON)

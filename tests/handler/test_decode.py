@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, ImageOps
 from handler.errors import ClientError, ImageTooLarge, InvalidPixel, UnreadableImage, WrongShape
 from handler.images import decode
 from handler.images.arrays import decode_numbers
-from handler.images.decode import ACCEPTED_FORMATS, DecodingBudget, decode_image
+from handler.images.decode import ACCEPTED_FORMATS, DecodedImage, DecodingBudget, decode_image
 from handler.limits import MAX_DECODER_OPERATIONS, MAX_PIXELS, MAX_SIDE
 from scripts.paths import SAMPLE_FILES
 from tests.hostile import png_chunk, png_header
@@ -197,6 +197,7 @@ def numbers(value: object, *, at: tuple[int, int] = (3, 5), rest: object = 0) ->
 )
 def test_numbers_become_intensities(value: float, rest: int, expected: float, source: str) -> None:
     image = decode_numbers(numbers(value, rest=rest), 28, 28)
+    assert isinstance(image, DecodedImage)
     assert image.grey.dtype == np.float32
     assert image.grey[3, 5] == expected
     assert image.source == source

@@ -2,6 +2,7 @@
 
 import struct
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ UNSIGNED, SIGNED, FLOAT = 1, 2, 3  # a TIFF's SampleFormat
 TYPES = {(8, 1): "u1", (16, 1): "u2", (16, 2): "i2", (32, 1): "u4", (32, 2): "i4", (32, 3): "f4"}
 
 
-def tiff(values: NDArray[np.float64], order: str, photometric: int, bits: int, sample_format: int) -> bytes:
+def tiff(values: NDArray[np.floating], order: Any, photometric: int, bits: int, sample_format: int) -> bytes:
     """Write a TIFF of one strip as the format's description has it, by no library whose reading is tested."""
     height, width = values.shape
     data = values.astype(np.dtype(TYPES[bits, sample_format]).newbyteorder(order)).tobytes()
@@ -45,7 +46,7 @@ def tiff(values: NDArray[np.float64], order: str, photometric: int, bits: int, s
     ],
 )
 def test_tiff_of_every_depth_order_and_scale_is_read(
-    order: str, photometric: int, bits: int, sample_format: int, full: float
+    order: Any, photometric: int, bits: int, sample_format: int, full: float
 ) -> None:
     values = DIGIT * full if photometric else (1 - DIGIT) * full
     grey = decode_image(tiff(values if sample_format == FLOAT else np.rint(values), order, photometric, bits, sample_format)).grey

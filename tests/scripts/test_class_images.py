@@ -26,7 +26,7 @@ def test_image_of_a_linear_class_is_its_weights_over_twice_lambda() -> None:
     torch.testing.assert_close(made, linear.weight.detach().reshape(3, 1, 3, 4) / 0.5)
 
 
-def test_no_small_change_of_a_image_raises_what_is_maximised(network: nn.Module) -> None:
+def test_no_small_change_of_an_image_raises_what_is_maximised(network: nn.Module) -> None:
     """Score less regularisation, before and after small changes at random and towards nothing."""
     random = torch.Generator().manual_seed(0)
     start = torch.full((1, 28, 28), 0.13)
@@ -94,4 +94,4 @@ def test_missing_weights_are_named(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_regularisation_has_to_be_there(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--regularisation", "0"])
-    assert "got 0; a number above 0 is accepted" in capsys.readouterr().err
+    assert "expected a number above 0, without which there is no maximum; got 0" in capsys.readouterr().err

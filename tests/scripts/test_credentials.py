@@ -38,7 +38,7 @@ def test_a_plain_token_is_taken_as_it_stands(text: str, tmp_path: Path) -> None:
 )
 def test_what_is_no_token_is_refused_and_not_repeated(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "token").write_bytes(content)
-    with pytest.raises(CredentialsError, match=r"token holds no token: neither TorchServe's key_file\.json nor") as raised:
+    with pytest.raises(CredentialsError, match=r"token holds no token: expected TorchServe's key_file\.json or") as raised:
         read_token(tmp_path / "token")
     assert "words" not in str(raised.value)
 

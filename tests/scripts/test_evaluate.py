@@ -16,18 +16,16 @@ from torch import nn
 from handler.gradients.explain import freeze
 from model.network import DigitNetwork
 from scripts.paths import ROOT, SAMPLE_FILES, WEIGHTS_FILE
-from scripts.research.evaluate import (
-    GATES,
+from scripts.research.evaluate import GATES, evaluate, main, measure_orders
+from scripts.research.evaluation_report import Estimate, Gate, Report, Table, judge, render_html, render_json, render_text
+from scripts.research.faithfulness import (
     choose_layers,
     compare_directions,
     correlate_ranks,
     count_inversions_to_flip,
     differentiate_loss,
     dither,
-    evaluate,
     gradient,
-    main,
-    measure_orders,
     predict,
     randomise,
     rank_pixels,
@@ -35,7 +33,6 @@ from scripts.research.evaluate import (
     share_tied_windows,
     trace_probabilities,
 )
-from scripts.research.evaluation_report import Estimate, Gate, Report, Table, judge, render_html, render_json, render_text
 from tests.conftest import label_of, write_mnist
 
 WEIGHTS = WEIGHTS_FILE
@@ -408,4 +405,4 @@ def test_evaluation_says_what_it_lacks(tmp_path: Path, capsys: pytest.CaptureFix
 def test_one_image_is_too_few_for_an_interval(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["--images", "1"])
-    assert "got 1; 2 or more are accepted" in capsys.readouterr().err
+    assert "expected 2 or more, as an interval needs them; got 1" in capsys.readouterr().err

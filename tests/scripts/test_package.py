@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import yaml
 
+from handler.runtime.archive import build_network
+from scripts.packaging import compile as compile_command
 from scripts.packaging.package import main, read_archive, smoke_test, write_archive
 from scripts.paths import ROOT, SAMPLE_FILES
 
@@ -60,7 +63,91 @@ def test_archive_that_does_not_load_is_not_passed_off_as_good(tmp_path: Path, ca
     assert "weights.safetensors are missing or unreadable" in captured.err
 
 
-def test_proof_sees_nothing_of_the_repo(archive: Path, tmp_path: Path) -> None:
+def write_linear_network(
+    folder: Path, input_shape: str = "(1, 4, 6)", class_count: str = "3", output: str = "self.lin(x.flatten(1))"
+) -> Path:
+    """A model file, with random weights beside it, of a linear network that says what it is told to."""
+    model_file = folder / "linear.py"
+    model_file.write_text(f"""
+import math
+import torch
+from torch import nn
+
+class Linear(nn.Module):
+    INPUT_SHAPE = {input_shape}
+    CLASS_COUNT = {class_count}
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lin = nn.Linear(24, 3)
+
+    def forward(self, x):
+        return 4 * {output}
+""")
+    safetensors.torch.save_file(build_network(model_file).state_dict(), folder / "linear.safetensors")
+    return model_file
+
+
+def test_any_network_of_one_channel_is_packaged(tmp_path: Path) -> None:
+    """And gives its reference answer: main() runs the smoke test."""
+    model_file, output = write_linear_network(tmp_path), tmp_path / "linear.mar"
+    assert (
+        main(["--model-file", str(model_file), "--weights", str(tmp_path / "linear.safetensors"), "--output", str(output)]) == 0
+    )
+    assert output.is_file()
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        pytest.param(
+            {"input_shape": "(3, 4, 2)"}, "expected a network of one input channel, got INPUT_SHAPE (3, 4, 2)", id="colour"
+        ),
+        pytest.param({"input_shape": "(4, 6)"}, "expected INPUT_SHAPE, a tuple of three positive integers", id="no channels"),
+        pytest.param({"input_shape": "(1, 4, 0)"}, "(channels, height, width), got (1, 4, 0)", id="no width"),
+        pytest.param({"input_shape": "(1, 4, 6.0)"}, "(channels, height, width), got (1, 4, 6.0)", id="a float"),
+        pytest.param({"input_shape": "24"}, "(channels, height, width), got 24", id="one number"),
+        pytest.param(
+            {"input_shape": "(1, 5, 5)"}, "cannot score float32 images of its INPUT_SHAPE (1, 5, 5): mat1", id="other shape"
+        ),
+        pytest.param({"class_count": "10"}, "expected logits (2, 10), as CLASS_COUNT is 10, got (2, 3)", id="other class count"),
+        pytest.param({"class_count": "1"}, "expected CLASS_COUNT, an integer of 2 or more, got 1", id="one class"),
+        pytest.param({"class_count": "'three'"}, "expected CLASS_COUNT, an integer of 2 or more, got 'three'", id="a text"),
+        pytest.param(
+            {"output": "self.lin(x.flatten(1))[0]"}, "expected logits (2, 3), as CLASS_COUNT is 3, got (3,)", id="one row"
+        ),
+        pytest.param({"output": "(self.lin(x.flatten(1)),)"}, "as CLASS_COUNT is 3, got tuple", id="a tuple"),
+    ],
+)
+def test_network_that_is_not_what_it_says_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], network: dict[str, str], message: str
+) -> None:
+    model_file, output = write_linear_network(tmp_path, **network), tmp_path / "linear.mar"
+    assert (
+        main(["--model-file", str(model_file), "--weights", str(tmp_path / "linear.safetensors"), "--output", str(output)]) == 1
+    )
+    captured = capsys.readouterr()
+    assert (captured.out, message in captured.err) == ("", True), captured.err
+    assert captured.err.startswith("error: ")
+    assert not list(tmp_path.glob("linear.mar*"))
+    assert compile_command.main(["--model-file", str(model_file)]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_missing_configuration_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--output", str(tmp_path / "digits.mar"), "--model-config", str(tmp_path / "none.yaml")]
+    assert main(arguments) == 1
+    assert "error: [Errno 2] No such file or directory: " in (printed := capsys.readouterr().err)
+    assert "none.yaml" in printed
+
+
+def test_source_of_the_compiled_pass_is_the_archives(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert compile_command.main([]) == 0
+    assert capsys.readouterr().out.encode() == read_archive(archive)["compiled_pass.py"]
+
+
+def test_smoke_test_sees_nothing_of_the_repo(archive: Path, tmp_path: Path) -> None:
     """Without its `handler` package the archive does not load, though the repo has one of that name."""
     entries = read_archive(archive)
     write_archive(

@@ -1,4 +1,4 @@
-"""The probe, against servers that are wrong in one way each. Against the real one: tests/e2e/test_ready.py."""
+"""The readiness probe, against servers that are wrong in one way each. Against a real one: tests/e2e/test_ready.py."""
 
 import contextlib
 import copy
@@ -71,7 +71,7 @@ def run_probe(capsys: pytest.CaptureFixture[str], address: str, *options: str) -
     return code, printed
 
 
-def test_reference_is_what_an_independent_computation_says(archive: Path, reference: ready.ReferenceAnswer) -> None:
+def test_reference_answer_is_what_an_independent_computation_says(archive: Path, reference: ready.ReferenceAnswer) -> None:
     logits, jacobian = Oracle(read_archive(archive)["weights.safetensors"]).explain(np.array(reference.pixels))
     assert reference.digit == logits.argmax()
     np.testing.assert_allclose(np.array(reference.logits), logits, atol=6e-6)  # five decimals are written
@@ -112,19 +112,20 @@ def change(reply: dict[str, Any], path: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("model.weights_sha256", "0" * 64, f"other weights are served: {'0' * 64}, and "),
-        ("digit", -1, "a wrong answer: digit -1, and "),
+        ("model.weights_sha256", "0" * 64, f"other weights are served: expected {{weights}}, got {'0' * 64}"),
+        ("digit", -1, "a wrong answer: expected digit {digit}, got -1"),
         ("logits.9", 99.0, "a wrong answer: logits differ from what was expected by"),
         ("logits.9", math.nan, "a wrong answer: logits differ"),
-        ("explanation.target", -1, "a wrong answer: class -1 is explained, and"),
+        ("explanation.target", -1, "a wrong answer: expected an explanation of class {digit}, got class -1"),
         ("explanation.saliency.27.27", 0.5, "a wrong answer: saliency differ"),
-        ("explanation.saliency", [[0.0]], "a wrong answer: 1 numbers of saliency, and 784 were expected"),
-        ("explanation", None, "gives another reply than this API's: TypeError"),
+        ("explanation.saliency", [[0.0]], "a wrong answer: expected 784 numbers of saliency, got 1"),
+        ("explanation", None, "does not reply as this API does: TypeError"),
     ],
 )
 def test_each_wrong_answer_is_found(
     archive: Path, right_reply: dict[str, Any], capsys: pytest.CaptureFixture[str], path: str, value: object, message: str
 ) -> None:
+    message = message.format(digit=right_reply["digit"], weights=right_reply["model"]["weights_sha256"])
     wrong = copy.deepcopy(right_reply)
     change(wrong, path, value)
     with answering(200, json.dumps(wrong).encode()) as address:
@@ -136,7 +137,7 @@ def test_each_wrong_answer_is_found(
     ("status", "body", "message"),
     [
         (503, b'{\n"code": 503}\n', 'predictions answers 503: { "code": 503} '),
-        (200, b"hello", "gives another reply than this API's: JSONDecodeError"),
+        (200, b"hello", "does not reply as this API does: JSONDecodeError"),
     ],
 )
 def test_another_reply_is_not_ready(
@@ -203,14 +204,14 @@ def test_absent_server_is_not_ready(archive: Path, capsys: pytest.CaptureFixture
     assert (code, f"not ready: no server answers at {address}: " in printed) == (1, True), printed
 
 
-def test_archive_without_a_reference_is_named(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_archive_without_a_reference_answer_is_named(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = read_archive(archive)
     write_archive(tmp_path / "old.mar", {name: entries[name] for name in entries.keys() - {"reference.json"}})
     code, printed = run_probe(capsys, "http://127.0.0.1:1", "--archive", str(tmp_path / "old.mar"))
-    assert (code, "old.mar references nothing; build it with scripts.packaging.package" in printed) == (1, True)
+    assert (code, "old.mar holds no reference answer; build it with scripts.packaging, or" in printed) == (1, True)
     (tmp_path / "no.mar").write_text("no archive")
     code, printed = run_probe(capsys, "http://127.0.0.1:1", "--archive", str(tmp_path / "no.mar"))
-    assert (code, "no.mar is no readable archive: File is not a zip file" in printed) == (1, True)
+    assert (code, "no.mar is not a readable archive: File is not a zip file" in printed) == (1, True)
 
 
 def test_probe_waits_where_it_is_told_to(archive: Path, right_reply: dict[str, Any]) -> None:

@@ -1,0 +1,99 @@
+"""Settings -> the files that TorchServe starts from: config.properties, and a model store with one archive."""
+
+import io
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from handler.runtime.archive import verify_files
+from scripts.packaging.package import read_archive, write_archive
+from scripts.paths import GPU_MODEL_CONFIG, MODEL_CONFIG, ROOT
+from scripts.serving.settings import LOOPBACK, Settings
+
+
+def configure(settings: Settings, java_logging: Path) -> str:
+    """Write the text of config.properties for one server.
+
+    Args:
+        settings: name the file that the text starts from; its addresses, and the certificate of a hardened server, are replaced.
+        java_logging: Java's own logging.properties.
+    """
+    ports, hardening = settings.ports, settings.hardening
+    changes = {
+        "inference_address": f"http://{LOOPBACK}:{ports.inference}",
+        "management_address": f"http://{LOOPBACK}:{ports.management}",
+        "metrics_address": f"http://{LOOPBACK}:{ports.metrics}",
+        "grpc_inference_port": str(ports.grpc_inference),
+        "grpc_management_port": str(ports.grpc_management),
+    }
+    if hardening is not None:
+        changes |= {
+            "inference_address": f"https://{hardening.inference_host}:{ports.inference}",
+            "certificate_file": str(hardening.certificate.resolve()),
+            "private_key_file": str(hardening.private_key.resolve()),
+        }
+    properties = settings.configuration.read_text()
+    changes["vmargs"] = f"{find_property(properties, 'vmargs') or ''} -Djava.util.logging.config.file={java_logging}".strip()
+    metrics_config = find_property(properties, "metrics_config")
+    if metrics_config is not None:
+        changes["metrics_config"] = str(ROOT / metrics_config)  # TorchServe does not run in the root
+    for name, value in changes.items():
+        properties = write_property(properties, name, value)
+    return properties
+
+
+def find_property(properties: str, name: str) -> str | None:
+    """Find the value of a key in the text of config.properties; None where it has none."""
+    found = re.search(rf"(?m)^{re.escape(name)}=(.*)$", properties)
+    return found[1].strip() if found else None
+
+
+def write_property(properties: str, name: str, value: str) -> str:
+    """Replace the line of a key in the text of config.properties, or add it."""
+    kept = [line for line in properties.splitlines() if not line.startswith(f"{name}=")]
+    return "\n".join([*kept, f"{name}={value}", ""])
+
+
+def stock_model_store(store: Path, settings: Settings, archive: bytes, unpacked: Path) -> int:
+    """Write the archive into a model store, with the model-config.yaml of its device and the settings' changes to it.
+
+    Args:
+        store: an existing folder.
+        settings: name the archive, the device and the changes.
+        archive: the archive's bytes.
+        unpacked: a folder for its files.
+    Returns:
+        the number of workers that its configuration asks for.
+    Raises:
+        ArchiveError: the archive's files are not those that it lists. A worker would not notice: it gets a new list.
+    """
+    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
+        opened.extractall(unpacked)
+    verify_files(unpacked)
+    entries = read_archive(io.BytesIO(archive))
+    if is_on_gpu(settings.device):
+        config = read_model_config("gpu")
+    else:
+        config = yaml.safe_load(entries[MODEL_CONFIG.name]) | {"deviceType": "cpu"}
+    config |= settings.model_config
+    entries[MODEL_CONFIG.name] = yaml.safe_dump(config).encode()
+    write_archive(store / settings.archive.name, entries)
+    return int(config["minWorkers"])
+
+
+def is_on_gpu(device: str) -> bool:
+    """Decide whether a device, as `Settings` names it, is a GPU on this machine."""
+    if device != "auto":
+        return device == "gpu"
+    import torch  # slow, and needed for this question alone
+
+    return torch.cuda.is_available()
+
+
+def read_model_config(device: str) -> dict[str, Any]:
+    """Read the committed model-config.yaml of a device, as `Settings` names it."""
+    config: dict[str, Any] = yaml.safe_load((GPU_MODEL_CONFIG if is_on_gpu(device) else MODEL_CONFIG).read_text())
+    return config

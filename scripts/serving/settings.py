@@ -1,0 +1,76 @@
+"""The settings of a server: archive, ports, device, logs, hardening. Knows nothing of TorchServe's processes."""
+
+import contextlib
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from scripts.paths import ARCHIVE, BUILD, CONFIGURATION, LOG_CONFIGURATION
+from scripts.serving.hardened import Hardening
+
+LOOPBACK = "127.0.0.1"
+
+
+class ServeError(RuntimeError):
+    """The server cannot be started; the message says why, for a person."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """TCP ports: inference on the loopback address, or where a hardened server takes requests; the others on loopback."""
+
+    inference: int = 8080
+    management: int = 8081
+    metrics: int = 8082
+    grpc_inference: int = 7070
+    grpc_management: int = 7071
+
+    @classmethod
+    def free(cls) -> Self:
+        """Find ports that nothing listens on now."""
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in cls.__dataclass_fields__]
+            for opened in sockets:
+                opened.bind((LOOPBACK, 0))
+            return cls(*(opened.getsockname()[1] for opened in sockets))
+
+    def require_free(self, inference_host: str = LOOPBACK) -> None:
+        """Raise ServeError, which names the port, where something listens on one of them."""
+        for name in self.__dataclass_fields__:
+            host, port = inference_host if name == "inference" else LOOPBACK, getattr(self, name)
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((host, port))
+                except OSError as error:
+                    option = f"--{name.replace('_', '-')}-port"
+                    raise ServeError(f"port {port} is taken; choose another with {option} ({host}: {error.strerror})") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings of one server.
+
+    Attributes:
+        archive: the .mar file; its stem is the model's name.
+        ports: of the APIs.
+        device: "cpu", "gpu", or "auto" for a GPU where PyTorch sees one.
+        log_dir: a folder for TorchServe's logs and console output.
+        model_config: values for keys of model-config.yaml, instead of the file's own.
+        configuration: TorchServe's config.properties.
+        log_configuration: its log4j2.xml.
+        archive_sha256: the archive's expected SHA-256, in hexadecimal; None for the one in the file beside it, if there is one.
+        hardening: the settings of a server that others can reach; None in development.
+    """
+
+    archive: Path = ARCHIVE
+    ports: Ports = Ports()
+    device: str = "auto"
+    log_dir: Path = BUILD / "logs"
+    model_config: Mapping[str, Any] = field(default_factory=dict)
+    configuration: Path = CONFIGURATION
+    log_configuration: Path = LOG_CONFIGURATION
+    archive_sha256: str | None = None
+    hardening: Hardening | None = None
