@@ -1,48 +1,26 @@
-"""A real TorchServe for the end-to-end tests, on ports, folders and temp files of its own."""
+"""Fixtures of the end-to-end tests: a real TorchServe on ports and in folders of its own, and images with their answers."""
 
-import dataclasses
-import time
+import itertools
+import shutil
+import tempfile
 from collections.abc import Callable, Generator, Iterator
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import requests
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from scripts.packaging.package import read_archive
 from scripts.paths import SAMPLE_FILES
 from scripts.serving.launcher import Ports, Settings, TorchServe
+from tests.client import BATCH_SIZE, TIMEOUT_S, Sample
 from tests.conftest import label_of
 from tests.oracle import Oracle
+from tests.servers import wait_for
 
-BATCH_SIZE = 8
-TIMEOUT_S = 30
 SERVER = pytest.StashKey[TorchServe]()
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """A digit as a client has it, and what an independent computation says of it."""
-
-    digit: int
-    levels: NDArray[np.uint8]  # (28, 28)
-    logits: NDArray[np.float64]  # (10,)
-    jacobian: NDArray[np.float64]  # (10, 28, 28)
-
-    @property
-    def png(self) -> bytes:
-        content = BytesIO()
-        Image.fromarray(self.levels).save(content, format="PNG")
-        return content.getvalue()
-
-    @property
-    def predicted(self) -> int:
-        return int(self.logits.argmax())
 
 
 @pytest.fixture(scope="session")
@@ -90,18 +68,21 @@ def samples(archive: Path) -> list[Sample]:
 
 @pytest.fixture
 def batch_count(server: TorchServe) -> Callable[[], int]:
-    """How many batches the workers have got so far: TorchServe's worker logs a line for each."""
+    """The number of batches that the workers have got so far: TorchServe's worker logs a line for each.
+
+    The lines pass through a pipe and a log queue: they are all there once a later line is, that of a request without an image.
+    """
+    log = server.settings.log_dir / "model_log.log"
+    numbers = itertools.count(1)
 
     def count() -> int:
-        time.sleep(0.3)  # the line passes through a pipe and a log queue
-        return (server.settings.log_dir / "model_log.log").read_text().count("Backend received inference")
+        number = next(numbers)
+        mark = f"batch_count_{id(numbers)}_{number}"
+        requests.get(f"{server.address}/predictions/digits", headers={"X-Correlation-Id": mark}, timeout=TIMEOUT_S)
+        wait_for(lambda: mark in log.read_text(), "line in the log")
+        return log.read_text().count("Backend received inference") - number
 
     return count
-
-
-def workers_of(server: TorchServe) -> list[psutil.Process]:
-    """The worker processes that run, ready or not."""
-    return [process for process in server.processes() if "model_service_worker" in " ".join(process.cmdline())]
 
 
 @pytest.fixture
@@ -113,6 +94,14 @@ def worker_pids(server: TorchServe) -> Callable[[], list[int]]:
         return [worker["pid"] for worker in reply.json()[0]["workers"] if worker["status"] == "READY"]
 
     return pids
+
+
+@pytest.fixture
+def temp_dir() -> Iterator[Path]:
+    """A folder with a short path: Unix sockets lie in it."""
+    folder = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -13,6 +13,7 @@ from scripts.paths import SAMPLE_FILES
 from scripts.serving.launcher import TorchServe
 
 
+@pytest.mark.long
 def test_benchmark_measures_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

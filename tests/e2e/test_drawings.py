@@ -12,9 +12,9 @@ from PIL import Image
 
 from handler.render.drawing import Colormap, Layout, Polarity, Row, Style, draw
 from scripts.serving.launcher import TorchServe
-from tests.e2e.conftest import Sample
-from tests.e2e.test_api import (
+from tests.client import (
     Arguments,
+    Sample,
     ask,
     ask_at_once,
     base64_of,

@@ -35,8 +35,8 @@ import requests
 from scripts.packaging.package import read_archive
 from scripts.paths import SERVE_CONFIG
 from scripts.serving.launcher import Ports, ServeError, Settings, TorchServe
-from tests.e2e.conftest import TIMEOUT_S, Sample, workers_of
-from tests.e2e.test_serve import processes_with, read_until, serving
+from tests.client import TIMEOUT_S, Sample
+from tests.servers import RECOVERY_S, processes_with, read_until, serving, wait_for_workers, workers_of
 
 CLIENTS = 6
 BAD_CLIENTS = 6
@@ -44,7 +44,6 @@ BATCH_SIZE = 4
 QUEUE_SIZE = 20
 RESPONSE_TIMEOUT_S = 6  # long enough for a slow machine, as right workers must keep to it too
 SILENCE_S = 120  # a client that waited for so long would be one that was forgotten
-RECOVERY_S = 120
 TOLERANCE = 5e-4
 
 RIGHT, REFUSED, BROKEN, SILENT, WRONG = "right", "error reply", "connection broken", "no end", "WRONG"
@@ -147,18 +146,6 @@ def wrong_in(content: dict[str, Any], sample: Sample, *, explain: bool) -> str:
     elif "explanation" in content:
         return "an explanation that was not asked for"
     return ""
-
-
-def wait_for_workers(server: TorchServe, other_than: set[int]) -> None:
-    """Wait until as many workers as before are ready, none of them one of these."""
-    deadline = time.monotonic() + RECOVERY_S
-    while True:
-        described = requests.get(f"{server.management_address}/models/digits", timeout=TIMEOUT_S).json()[0]["workers"]
-        ready = {worker["pid"] for worker in described if worker["status"] == "READY"}
-        if len(ready) == server.worker_count and not ready & other_than:
-            return
-        assert time.monotonic() < deadline, described
-        time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -461,15 +448,6 @@ def test_second_start_on_the_same_ports_is_refused_and_costs_the_first_nothing(
 
 
 # --- ending
-
-
-@pytest.fixture
-def temp_dir() -> Iterator[Path]:
-    """A short path: Unix sockets lie in it."""
-    folder = Path("/tmp") / f"f{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
 
 
 def wait_for_queue(management_address: str, count: int) -> None:

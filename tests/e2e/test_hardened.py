@@ -32,7 +32,7 @@ from scripts.paths import ROOT, SAMPLE_FILES
 from scripts.serving import explain
 from scripts.serving.credentials import authorization, read_token
 from scripts.serving.launcher import Ports
-from tests.e2e.conftest import TIMEOUT_S
+from tests.client import TIMEOUT_S
 from tests.tls import make_certificate
 
 START_TIMEOUT_S = 240

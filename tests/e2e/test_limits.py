@@ -38,9 +38,7 @@ from handler.render.drawing import Row, Style, draw
 from scripts.bench.load import build_call, run_open
 from scripts.paths import ROOT, SAMPLE_FILES
 from scripts.serving.launcher import TorchServe
-from tests.e2e.conftest import BATCH_SIZE
-from tests.e2e.test_api import Arguments, ask, ask_at_once, explain, predict
-from tests.e2e.test_protocols import V1_PREDICT, V2_INFER, npy
+from tests.client import BATCH_SIZE, V1_PREDICT, V2_INFER, Arguments, ask, ask_at_once, explain, npy, predict
 from tests.hostile import png_chunk
 
 TIMEOUT_S = 120

@@ -28,8 +28,19 @@ from handler.gradients.methods import (
 )
 from model.network import MNIST_MEAN
 from scripts.serving.launcher import TorchServe
-from tests.e2e.conftest import BATCH_SIZE, TIMEOUT_S, Sample
-from tests.e2e.test_api import Arguments, ask, ask_at_once, base64_of, check_error, check_prediction, explain, predict
+from tests.client import (
+    BATCH_SIZE,
+    TIMEOUT_S,
+    Arguments,
+    Sample,
+    ask,
+    ask_at_once,
+    base64_of,
+    check_error,
+    check_prediction,
+    explain,
+    predict,
+)
 
 MEAN = np.full((1, 1, 1), MNIST_MEAN, np.float32)
 METHODS: list[Method] = [

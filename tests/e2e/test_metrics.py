@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import pytest
 import requests
 import yaml
 
+from handler.runtime.metrics import INTERVAL_S
 from scripts.paths import ROOT, SAMPLE_FILES, SERVE_CONFIG
 from scripts.serving.launcher import Ports, Settings, TorchServe
-from tests.e2e.conftest import TIMEOUT_S, workers_of
+from tests.client import TIMEOUT_S
+from tests.servers import wait_for, workers_of
 
 IMAGE = SAMPLE_FILES[36].read_bytes()
 PROMETHEUS_FOLDER = SERVE_CONFIG / "prometheus"
@@ -51,26 +53,19 @@ def scrape(server: TorchServe) -> Counts:
 
 
 def settled(server: TorchServe) -> Counts:
-    """The counts, once all that happened is in them."""
+    """The counts, once all that happened is in them: once they have not changed for twice as long as a worker keeps them back."""
     deadline = time.monotonic() + WAIT_S
-    before: Counts = {}
-    after = ours(scrape(server))
-    while before != after:
+    counts, since = ours(scrape(server)), time.monotonic()
+    while time.monotonic() < since + 2 * INTERVAL_S:
         assert time.monotonic() < deadline, "the counts never came to rest"
-        time.sleep(2.5)
-        before, after = after, ours(scrape(server))
-    return after
+        time.sleep(0.1)
+        if (now := ours(scrape(server))) != counts:
+            counts, since = now, time.monotonic()
+    return counts
 
 
 def ours(counts: Counts) -> Counts:
     return {name: value for name, value in counts.items() if name.startswith("saliency_")}
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what}"
-        time.sleep(0.25)
 
 
 def log_of(server: TorchServe) -> str:
@@ -142,7 +137,8 @@ def test_correlation_id_is_in_the_reply_and_once_in_the_log(
     ["a" * 65, "two words", "[METRICS]saliency_worker_starts_total.Count:9", "id\tstatus=200", "id%0aforged", "caf\u00e9"],
 )
 def test_id_that_could_be_misread_is_neither_answered_nor_logged(server: TorchServe, hostile: str) -> None:
-    before = settled(server)
+    starts = 'saliency_worker_starts_total{model_name="digits"}'
+    before = scrape(server)[starts]
     headers: dict[str, str | bytes] = {
         "X-Correlation-Id": hostile.encode("latin-1"),
         "Authorization": "Bearer seeing-secret",
@@ -153,8 +149,7 @@ def test_id_that_could_be_misread_is_neither_answered_nor_logged(server: TorchSe
     wait_for(lambda: f"correlation_id=seen-after request_id={reply.headers['X-Request-Id']}" in log_of(server), "line in the log")
     assert hostile not in log_of(server)
     assert "seeing-secret" not in log_of(server)
-    starts = 'saliency_worker_starts_total{model_name="digits"}'
-    assert scrape(server)[starts] == before[starts]
+    assert scrape(server)[starts] == before
 
 
 def test_request_without_an_id_has_no_line_and_no_header(server: TorchServe) -> None:
@@ -301,7 +296,8 @@ def test_every_query_of_dashboard_and_alerts_has_an_answer(json_server: TorchSer
         variables = [one["query"] for one in DASHBOARD["templating"]["list"] if one["type"] == "query"]
         assert [label_values(prometheus, query) for query in variables] == [["saliency"], ["digits"]]
         # And Prometheus has what the server says, where nothing changes any more.
-        assert ask(prometheus, 'saliency_worker_starts_total{model_name="digits"}') == [1]
+        starts = 'saliency_worker_starts_total{model_name="digits"}'
+        assert ask(prometheus, starts) == [scrape(json_server)[starts]]
         (ratio,) = ask(prometheus, "saliency:server_errors:ratio5m")
         assert ratio > 0
 
@@ -402,6 +398,7 @@ def test_machine_with_a_gpu_and_without_nvgpu_says_what_it_does(
     settings = Settings(archive=archive, ports=Ports.free(), device="cpu", log_dir=tmp_path / "logs", model_config=workers)
     with TorchServe(settings) as running:
         wait_for(lambda: any(name.startswith("CPUUtilization{") for name in scrape(running)), "figure of the processor")
+        assert scrape(running)['saliency_worker_starts_total{model_name="digits"}'] == 1
     log = (settings.log_dir / "ts_log.log").read_text()
     assert "Number of GPUs: 1" in log
     assert "Traceback" not in log

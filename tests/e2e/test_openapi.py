@@ -12,8 +12,7 @@ import requests
 
 from scripts.paths import ROOT
 from scripts.serving.launcher import TorchServe
-from tests.e2e.conftest import TIMEOUT_S, Sample
-from tests.e2e.test_api import ERRORS, Arguments, ask, explain
+from tests.client import ERRORS, TIMEOUT_S, Arguments, Sample, ask, explain
 from tests.openapi import DOCUMENT, DOCUMENT_FILE, ExampleRequest, example_requests, validate_reply
 
 SOMETIMES = ("X-Saliency-Completeness-Gap", "X-Correlation-Id")  # reply headers
@@ -82,6 +81,7 @@ def test_service_s_own_routes_are_as_described(server: TorchServe, path: str) ->
     validate_reply(path, "get", reply)
 
 
+@pytest.mark.long
 def test_requests_of_all_kinds_are_answered_as_described(server: TorchServe) -> None:
     """Good and bad ones, the same on every run; schemathesis.toml says how they are made and what is checked."""
     command = [Path(sys.executable).with_name("schemathesis"), "run", DOCUMENT_FILE, "--url", server.address]

@@ -16,8 +16,8 @@ from handler.images.digits import prepare
 from model.photograph import SCENES, ink_of, photograph
 from scripts.paths import SAMPLE_FILES
 from scripts.serving.launcher import TorchServe
+from tests.client import TIMEOUT_S
 from tests.conftest import label_of
-from tests.e2e.conftest import TIMEOUT_S
 from tests.oracle import Oracle
 
 FILE = SAMPLE_FILES[25]

@@ -25,32 +25,29 @@ from handler.images.arrays import NUMPY_TYPES
 from handler.protocol.request import Encoding
 from scripts.packaging.package import read_archive
 from scripts.serving.launcher import TorchServe
-from tests.e2e.conftest import BATCH_SIZE, TIMEOUT_S, Sample
-from tests.e2e.test_api import (
+from tests.client import (
     ATOL,
+    BATCH_SIZE,
     JSON,
+    TIMEOUT_S,
+    V1_EXPLAIN,
+    V1_PREDICT,
+    V2_EXPLAIN,
+    V2_INFER,
     Arguments,
+    Sample,
     ask,
     ask_at_once,
     base64_of,
     check_explanation,
     check_prediction,
     explain,
+    npy,
     predict,
 )
 from tests.oracle import Oracle
 
-V1_PREDICT = "/v1/models/digits:predict"
-V1_EXPLAIN = "/v1/models/digits:explain"
-V2_INFER = "/v2/models/digits/infer"
-V2_EXPLAIN = "/v2/models/digits/explain"
 NPY = {"Accept": "application/x-npy"}
-
-
-def npy(array: NDArray[Any]) -> bytes:
-    file = BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 def levels_of(samples: list[Sample]) -> NDArray[np.uint8]:

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,67 +24,8 @@ from scripts.packaging.package import read_archive, write_archive
 from scripts.paths import ROOT, SAMPLE_FILES
 from scripts.serving import explain, launcher
 from scripts.serving.launcher import Ports, ServeError, Settings, TorchServe
-from tests.e2e.conftest import TIMEOUT_S, workers_of
-
-START_TIMEOUT_S = 120
-
-
-@contextlib.contextmanager
-def serving(
-    ports: Ports, log_dir: Path, *more: str, environment: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[str]]:
-    """`python -m scripts.serving` as its own process; killed at the end where the test did not end it."""
-    options = [f"--{name.replace('_', '-')}-port={getattr(ports, name)}" for name in Ports.__dataclass_fields__]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.serving", *options, f"--log-dir={log_dir}", "--device=cpu", *more],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(timeout=60)
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def read_until(process: subprocess.Popen[str], pattern: str) -> str:
-    """Everything printed up to the first line that matches."""
-    assert process.stdout is not None
-    printed = ""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    for line in process.stdout:
-        printed += line
-        if re.search(pattern, line):
-            return printed
-        assert time.monotonic() < deadline, printed
-    pytest.fail(f"it ended without {pattern!r}:\n{printed}")
-
-
-def processes_with(marker: str) -> list[psutil.Process]:
-    """Processes whose command line or environment names a temp folder."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE and any(
-                marker in text for text in [*process.cmdline(), *process.environ().values()]
-            ):
-                found.append(process)
-    return found
-
-
-@pytest.fixture
-def temp_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A short path: Unix sockets lie in it."""
-    folder = Path("/tmp") / f"t{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
+from tests.client import TIMEOUT_S
+from tests.servers import START_TIMEOUT_S, processes_with, read_until, serving, workers_of
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)

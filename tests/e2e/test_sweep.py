@@ -8,6 +8,7 @@ import pytest
 from scripts.bench import sweep
 
 
+@pytest.mark.long
 def test_sweep_measures_a_setting_beside_the_committed_one(
     archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
