@@ -1,4 +1,4 @@
-"""What several test files need: the test digits, the committed network, unpacked archives."""
+"""Fixtures of all tests: the test digits, the committed network, the archive of this tree."""
 
 import json
 import zipfile
@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from handler.gradients.compiler import compile_and_load
@@ -17,6 +18,10 @@ from handler.gradients.explain import Autograd, Differentiable
 from scripts.network import load_committed_network
 from scripts.packaging.package import build_archive
 from scripts.paths import MODEL_CONFIG, MODEL_FILE, SAMPLE_FILES, WEIGHTS_FILE
+
+# Tests run beside each other and beside servers: more threads than one would only wait for each other.
+torch.set_num_threads(1)
+threadpool_limits(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -33,6 +33,7 @@ from scripts.serving import explain
 from scripts.serving.credentials import authorization, read_token
 from scripts.serving.launcher import Ports
 from tests.client import TIMEOUT_S
+from tests.servers import wait_for
 from tests.tls import make_certificate
 
 START_TIMEOUT_S = 240
@@ -493,10 +494,7 @@ def wait_for_log(hardened: Hardened) -> Callable[[], None]:
     def wait() -> None:
         before = line_count()
         assert hardened.ask("/explanations/digits").status_code == 200
-        deadline = time.monotonic() + TIMEOUT_S
-        while any(now <= then for now, then in zip(line_count(), before, strict=True)):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(lambda: all(now > then for now, then in zip(line_count(), before, strict=True)), "line in both logs")
 
     return wait
 

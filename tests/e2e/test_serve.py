@@ -257,7 +257,7 @@ def test_client_passes_on_the_servers_refusal(server: TorchServe, tmp_path: Path
     (tmp_path / "text.png").write_text("no image")
     code, _, err = run_explain(capsys, str(tmp_path / "text.png"), "--url", server.address)
     assert code == 1
-    assert "text.png: 400: got 10 bytes that are no image; accepted formats: PNG" in err
+    assert "text.png: 400: got 8 bytes that are no image; accepted formats: PNG" in err
     code, _, err = run_explain(capsys, str(SAMPLE_FILES[0]), "--url", server.address, "--target", "ten")
     assert (code, "got 'ten' as 'target'" in err) == (1, True)
     code, _, err = run_explain(capsys, str(SAMPLE_FILES[0]), "--url", server.address, "--model", "letters")
