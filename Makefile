@@ -22,13 +22,13 @@ setup: .venv/.installed ## make .venv with all that serving and training need (5
 serve: build/digits.mar ## build the archive and serve it on 127.0.0.1:8080; ARGS="--workers 4 ..." (--help shows all)
 	$(BIN)/python -m scripts.serving $(ARGS)
 
-test: .venv/.installed-dev ## run the tests, unit and end to end, in two processes (five minutes on two cores); ARGS="-k name" runs some
+test: .venv/.installed-dev ## run the tests, unit and end to end (five minutes on two cores); ARGS="-k name" runs some
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-long: .venv/.installed-dev build/digits.mar ## run the tests that `make test` leaves out because they measure for long, one by one
+test-long: .venv/.installed-dev build/digits.mar ## run the tests that `make test` leaves out: those that measure for long
 	$(BIN)/python -m pytest -m long $(ARGS)
 
-test-all: ## run all tests
+test-all: ## run all tests: make test, then make test-long
 	$(MAKE) test
 	$(MAKE) test-long
 
@@ -47,20 +47,20 @@ package: build/digits.mar ## build build/digits.mar
 accuracy: build/digits.mar ## send MNIST's test images through HTTP, plain and as photographs; DATA_DIR=... where they are
 	$(BIN)/python -m scripts.research.accuracy --data-dir $(DATA_DIR) $(ARGS)
 
-evaluate: .venv/.installed-dev ## measure the maps beside controls; fails where a gate does; DATA_DIR=... ARGS="--images 200"
+evaluate: .venv/.installed-dev ## measure the saliency maps beside controls; fails if a gate does; DATA_DIR=... ARGS="--images 200"
 	$(BIN)/python -m scripts.research.evaluate --data-dir $(DATA_DIR) $(ARGS)
 
 load: .venv/.installed-dev ## put a running server under load and report; ARGS="--rates 100,200,400 ..." (--help shows all)
 	$(BIN)/python -m scripts.bench.load_test $(ARGS)
 
-soak: .venv/.installed-dev build/digits.mar ## half an hour of mixed traffic: does the server stay as it was? ARGS="--minutes 1 --warm-up 15"
+soak: .venv/.installed-dev build/digits.mar ## send mixed traffic for half an hour and check that the server stays as it was; ARGS="--minutes 1 --warm-up 15"
 	$(BIN)/python -m scripts.bench.soak $(ARGS)
 
 benchmark: .venv/.installed-peers ## measure this service beside its peers (a quarter of an hour); ARGS="--rounds 3 --systems noop,mosec"
 	$(BIN)/python -m scripts.bench.benchmark_step
 	$(BIN)/python -m scripts.bench.benchmark $(ARGS)
 
-gpu: .venv/.installed-dev ## prove and measure the service on a GPU, into build/gpu; ARGS="--parts speed --device cpu" (--help shows all)
+gpu: .venv/.installed-dev ## test and measure the service on a GPU, into build/gpu; ARGS="--parts speed --device cpu" (--help shows all)
 	$(BIN)/python -m scripts.bench.gpu_report $(ARGS)
 
 sweep: .venv/.installed-dev build/digits.mar ## measure what each setting of the server is worth (an hour); ARGS="--settings batchSize,vmargs"
@@ -82,10 +82,10 @@ drawings: .venv/.installed ## draw .github/explained.png of the README again; a 
 	$(BIN)/python -m scripts.serving.explain model/samples/3-4.png model/samples/4-1.png model/samples/7-3.png --target predicted,9 \
 		--output .github/explained.png
 
-classes: .venv/.installed ## make the image that the network takes for each class; DATA_DIR=...
+classes: .venv/.installed ## make an image that maximises each class; DATA_DIR=...
 	$(BIN)/python -m scripts.research.class_images --data-dir $(DATA_DIR) --output .github/classes.png $(ARGS)
 
-localise: .venv/.installed-dev ## find digits in photographs by their maps; a server must be running
+localise: .venv/.installed-dev ## find digits in photographs by their saliency maps; a server must be running
 	$(BIN)/python -m model.photograph model/samples/3-4.png model/samples/5-1.png --output-dir build/photographs
 	$(BIN)/python -m scripts.research.localise "build/photographs/3-4 phone.jpg" "build/photographs/3-4 blackboard.jpg" \
 		"build/photographs/5-1 ruled paper.jpg" "build/photographs/5-1 canvas.png" \
@@ -98,7 +98,7 @@ lock: .venv/.installed-dev ## pin pyproject.toml's packages with hashes, each wh
 	$(COMPILE) --group fuzz -o tests/requirements-fuzz.txt
 	$(COMPILE) --group audit --constraint tests/requirements.txt --constraint scripts/bench/peers/requirements.txt -o .github/requirements-audit.txt
 
-audit: build/audit/.installed ## look all locked packages up among known vulnerabilities; needs a network; ARGS="-s osv"
+audit: build/audit/.installed ## check all locked packages for known vulnerabilities; needs a network; ARGS="-s osv"
 	build/audit/bin/pip-audit --strict --require-hashes --disable-pip --progress-spinner off $(LOCKS:%=-r %) $(ARGS)
 
 sbom: build/audit/.installed ## list what serving and training install, as CycloneDX, in build/sbom.json
@@ -129,7 +129,7 @@ build/digits.mar: .venv/.installed $(SOURCES)
 	$(PIP) install --require-hashes -r tests/requirements-fuzz.txt
 	@touch $@
 
-build/audit/.installed: .github/requirements-audit.txt # a venv of its own: what is looked up need not be installed
+build/audit/.installed: .github/requirements-audit.txt # a venv of its own: the packages that are checked need not be installed
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r .github/requirements-audit.txt
 	@touch $@

@@ -1,6 +1,6 @@
-"""A client of the served model: requests, and what is right of their replies.
+"""A client of the served model: requests, and checks of their replies.
 
-Answers are compared with those of an independent computation from the archive's weights (tests/oracle.py).
+Replies are compared with an independent computation from the archive's weights (tests/oracle.py).
 """
 
 import base64
@@ -34,7 +34,7 @@ Arguments = dict[str, Any]  # of requests.request
 
 @dataclass(frozen=True)
 class Sample:
-    """A digit as a client has it, and what an independent computation says of it."""
+    """A digit as a client has it, with the answers of an independent computation."""
 
     digit: int
     levels: NDArray[np.uint8]  # (28, 28)

@@ -44,7 +44,7 @@ def network() -> nn.Module:
 
 @pytest.fixture(scope="session", params=["autograd", "compiled pass"])
 def differentiable(request: pytest.FixtureRequest, network: nn.Module) -> Differentiable:
-    """The committed network with its derivative: by the reference, and as a worker has it."""
+    """The committed network with its derivative: by autograd, and by the compiled pass that a worker uses."""
     if request.param == "autograd":
         return Autograd(network)
     return compile_and_load(network)
@@ -58,7 +58,7 @@ def digit_pixels() -> NDArray[np.float32]:
 
 @pytest.fixture(scope="session")
 def digit_batch(digit_pixels: NDArray[np.float32]) -> torch.Tensor:
-    """All test digits as the network takes them: (50, 1, 28, 28)."""
+    """All test digits as input of the network: (50, 1, 28, 28)."""
     return torch.from_numpy(digit_pixels)[:, None]
 
 

@@ -1,4 +1,4 @@
-"""Real servers in end-to-end tests: starting one as a person does, waiting for what it does, finding its processes."""
+"""Servers of the end-to-end tests: start one as a person does, wait for it, find its processes."""
 
 import contextlib
 import re
@@ -21,7 +21,7 @@ RECOVERY_S = 120  # from a fault to right answers, on a busy machine
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout_s: float = RECOVERY_S) -> None:
-    """Wait until a condition holds; fail with what is missing where it does not in time."""
+    """Wait until a condition holds; fail and name what is missing if it does not hold in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"no {what} within {timeout_s} s"
@@ -32,7 +32,7 @@ def wait_for(condition: Callable[[], object], what: str, timeout_s: float = RECO
 def serving(
     ports: Ports, log_dir: Path, *more: str, environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """`python -m scripts.serving` as its own process; killed at the end where the test did not end it."""
+    """Run `python -m scripts.serving` as a process of its own, and end it if the test did not."""
     options = [f"--{name.replace('_', '-')}-port={getattr(ports, name)}" for name in Ports.__dataclass_fields__]
     process = subprocess.Popen(
         [sys.executable, "-m", "scripts.serving", *options, f"--log-dir={log_dir}", "--device=cpu", *more],
@@ -53,7 +53,7 @@ def serving(
 
 
 def read_until(process: subprocess.Popen[str], pattern: str) -> str:
-    """Everything printed up to the first line that matches."""
+    """Read all that is printed, up to the first line that matches."""
     assert process.stdout is not None
     printed = ""
     deadline = time.monotonic() + START_TIMEOUT_S
@@ -62,11 +62,11 @@ def read_until(process: subprocess.Popen[str], pattern: str) -> str:
         if re.search(pattern, line):
             return printed
         assert time.monotonic() < deadline, printed
-    pytest.fail(f"it ended without {pattern!r}:\n{printed}")
+    pytest.fail(f"the server ended without printing {pattern!r}:\n{printed}")
 
 
 def processes_with(marker: str) -> list[psutil.Process]:
-    """Processes whose command line or environment names a temp folder."""
+    """Find the processes whose command line or environment names a temp folder."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
@@ -78,12 +78,12 @@ def processes_with(marker: str) -> list[psutil.Process]:
 
 
 def workers_of(server: TorchServe) -> list[psutil.Process]:
-    """The worker processes that run, ready or not."""
+    """Find the worker processes, ready or not."""
     return [process for process in server.processes() if "model_service_worker" in " ".join(process.cmdline())]
 
 
 def wait_for_workers(server: TorchServe, other_than: set[int]) -> None:
-    """Wait until as many workers as before are ready, none of them one of these."""
+    """Wait until all workers are ready and none of them is one of these."""
     deadline = time.monotonic() + RECOVERY_S
     while True:
         described = requests.get(f"{server.management_address}/models/digits", timeout=TIMEOUT_S).json()[0]["workers"]

@@ -1,4 +1,4 @@
-"""What the Makefile installs is pinned by hash, and the locks hold what pyproject.toml asks for."""
+"""Everything that the Makefile installs is pinned by hash, and the locks hold what pyproject.toml asks for."""
 
 import re
 import tomllib
@@ -31,7 +31,7 @@ def test_every_locked_package_has_a_version_and_hashes(lock: str) -> None:
     for requirement in locked(lock):
         assert re.match(r"[a-z0-9][a-z0-9-]*==[\w.+]+( ; [^\\]+)? \\\n", requirement)
         assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", requirement)
-        assert "://" not in requirement, "it names the place that it came from"
+        assert "://" not in requirement, "the lock names a registry"
 
 
 @pytest.mark.parametrize(("lock", "group"), [("dev", ""), *((group, group) for group in LOCKS)])

@@ -25,7 +25,7 @@ SERVER = pytest.StashKey[TorchServe]()
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> str:
-    """Where the server's workers run: "cpu" or "gpu"."""
+    """The device of the server's workers: "cpu" or "gpu"."""
     asked: str = pytestconfig.getoption("device")
     if asked == "auto":
         return "gpu" if torch.cuda.is_available() else "cpu"
@@ -36,7 +36,7 @@ def device(pytestconfig: pytest.Config) -> str:
 def server(
     archive: Path, device: str, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> Iterator[TorchServe]:
-    """One worker and a long wait for neighbours, so that requests sent at once share a batch."""
+    """A server with one worker and a long batch delay, so that requests sent at once share a batch."""
     settings = Settings(
         archive=archive,
         ports=Ports.free(),
@@ -54,7 +54,7 @@ def server(
 
 @pytest.fixture(scope="session")
 def samples(archive: Path) -> list[Sample]:
-    """Test digits with a little noise (without it max pools tie, and ties have no one gradient), and the oracle's answers."""
+    """Test digits and the oracle's answers. A little noise breaks ties in the max pools, where the gradient is not unique."""
     oracle = Oracle(read_archive(archive)["weights.safetensors"])
     random = np.random.default_rng(0)
     found = []
@@ -87,7 +87,7 @@ def batch_count(server: TorchServe) -> Callable[[], int]:
 
 @pytest.fixture
 def worker_pids(server: TorchServe) -> Callable[[], list[int]]:
-    """The workers that TorchServe says are ready."""
+    """Process ids of the workers that TorchServe reports as ready."""
 
     def pids() -> list[int]:
         reply = requests.get(f"{server.management_address}/models/digits", timeout=TIMEOUT_S)
@@ -108,7 +108,7 @@ def temp_dir() -> Iterator[Path]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show what the server logged last beside a failure."""
+    """Show the end of the server's log beside a failure."""
     report = yield
     running = item.config.stash.get(SERVER, None)
     if report.failed and running is not None:

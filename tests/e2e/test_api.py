@@ -1,4 +1,4 @@
-"""The HTTP API through a real TorchServe: every door, every error among good neighbours, a storm of everything.
+"""The HTTP API through a real TorchServe: every form of request, every error in a batch of good requests, a storm of all.
 
 Answers are compared with an independent computation from the archive's weights (tests/oracle.py).
 """
@@ -47,7 +47,7 @@ def check_npy(reply: requests.Response, sample: Sample, target: int | list[int])
     assert float(reply.headers["X-Saliency-Max"]) == array.max()
 
 
-# --- doors
+# --- forms of requests
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_error_costs_its_neighbours_nothing(
     status: int,
     kind: str,
 ) -> None:
-    """One bad request and seven good ones, sent at once, until they have shared one batch; right in every round."""
+    """Send one bad request and seven good ones at once until they share a batch; every round has the right answers."""
     workers = worker_pids()
     good = samples[: BATCH_SIZE - 1]
     for _ in range(10):

@@ -1,8 +1,8 @@
-"""Faults, on purpose, in a real server under load.
+"""Faults injected into a real server under load.
 
-Clients ask for known images all the while. Each of their requests must end in a right answer or in a clear error: a status with
-JSON, or a connection that breaks. None may be wrong, and none may stay without an end. Every test prints its counts and how long
-it took until right answers came again: `pytest tests/e2e/test_faults.py -s`.
+Clients send known images all the time. Each request must end in the right answer or in a clear error: a status with JSON, or a
+broken connection. A wrong answer or a request that never ends is a failure. Every test prints its counts and the time to
+recovery: `pytest tests/e2e/test_faults.py -s`.
 """
 
 import base64
@@ -51,7 +51,7 @@ RIGHT, REFUSED, BROKEN, SILENT, WRONG = "right", "error reply", "connection brok
 
 @dataclass
 class Load:
-    """Clients that send known images over and over, each waiting for its answer. A context manager.
+    """Clients that send known images in a loop, each waiting for its answer. A context manager.
 
     Attributes:
         address: of the inference API.
@@ -82,7 +82,7 @@ class Load:
             thread.join()
 
     def wait_for_right(self, count: int, since: float = 0.0) -> float:
-        """Wait for so many right answers that came after an instant; the seconds from it to the first."""
+        """Wait for so many right answers after an instant. Returns the seconds from it to the first."""
         deadline = time.monotonic() + RECOVERY_S
         while len(found := [end for end, outcome, _ in list(self.ends) if outcome == RIGHT and end > since]) < count:
             assert time.monotonic() < deadline, f"no right answers: {self.ends[-5:]}"
@@ -94,7 +94,7 @@ class Load:
         wait_for(lambda: any(len(self.ends) - ended > 8 * CLIENTS for ended in list(self._asked.values())), "request held up")
 
     def report(self, fault: str, since: float, **measured: float) -> Counter[str]:
-        """Print and check the counts of all clients, which must have ended. Returns them."""
+        """Print, check and return the counts of all clients, which must have ended."""
         counts = Counter(outcome for _, outcome, _ in self.ends)
         right_s = [since, *(end for end, outcome, _ in self.ends if outcome == RIGHT and end > since)]
         measured = {"longest_without_right_s": max(np.diff(right_s), default=0.0), **measured}
@@ -122,7 +122,7 @@ class Load:
 
 
 def ask(session: requests.Session, address: str, sample: Sample, *, explain: bool = True) -> tuple[str, str]:
-    """Send one image: what came of it, and details where it was not right."""
+    """Send one image. Returns the outcome, and details if it was not right."""
     route = "explanations" if explain else "predictions"
     try:
         headers = {"X-Saliency-Encoding": "base64"}
@@ -156,7 +156,7 @@ def wrong_in(content: dict[str, Any], sample: Sample, *, explain: bool) -> str:
 
 @pytest.fixture(scope="module")
 def two_workers(archive: Path, device: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
-    """Two workers, so that one can be hurt; short time limits and a short queue."""
+    """A server with two workers, so that one can fail, with short time limits and a short queue."""
     folder = tmp_path_factory.mktemp("faults")
     configuration = (SERVE_CONFIG / "config.properties").read_text()
     (folder / "config.properties").write_text(re.sub(r"job_queue_size=\d+", f"job_queue_size={QUEUE_SIZE}", configuration))
@@ -267,7 +267,7 @@ def never_send(server: TorchServe, sample: Sample, hold: Callable[[], None]) -> 
 
 
 def send_slowly(server: TorchServe, sample: Sample, _hold: Callable[[], None]) -> None:
-    """Two seconds for one small request, which is answered all the same."""
+    """Take two seconds to send one small request; it is answered all the same."""
     request = http_request(sample.png, "Connection: close\r\nX-Saliency-Encoding: base64\r\n")
     step = len(request) // 40 + 1
     with connected(server) as client:
@@ -280,7 +280,7 @@ def send_slowly(server: TorchServe, sample: Sample, _hold: Callable[[], None]) -
 
 
 def never_read(server: TorchServe, sample: Sample, hold: Callable[[], None]) -> None:
-    """The reply has 2.4 MB, more than the sockets' buffers hold. One byte is read, to know that it has begun."""
+    """Read one byte of a reply of 2.4 MB, which is more than the sockets' buffers hold."""
     content = io.BytesIO()
     np.save(content, np.stack([sample.levels] * 768))
     with socket.socket() as client:
@@ -298,7 +298,7 @@ def never_read(server: TorchServe, sample: Sample, hold: Callable[[], None]) -> 
 def test_bad_client_costs_no_other_client_anything(
     two_workers: TorchServe, samples: list[Sample], misbehave: Callable[[TorchServe, Sample, Callable[[], None]], None]
 ) -> None:
-    """Clients that hold a connection do so until the others have got many answers."""
+    """Clients that hold a connection open do so until the others have many answers."""
     before = {worker.pid for worker in workers_of(two_workers)}
     with Load(two_workers.address, samples) as load, ThreadPoolExecutor(BAD_CLIENTS) as pool:
         started = time.monotonic()
@@ -393,7 +393,7 @@ def cut_off(archive: Path, broken: Path) -> None:
 
 
 def change_weights(archive: Path, broken: Path) -> None:
-    """The zip is in order, the list of checksums is the old one."""
+    """Keep the zip valid and the old list of checksums."""
     entries = read_archive(archive)
     weights = bytearray(entries["weights.safetensors"])
     weights[-2] ^= 1
@@ -471,7 +471,7 @@ def wait_for_queue(management_address: str, count: int) -> None:
 def test_requests_in_flight_are_answered_before_the_end(
     archive: Path, tmp_path: Path, temp_dir: Path, samples: list[Sample]
 ) -> None:
-    """Two are in the workers, the others wait: TorchServe alone drops them all."""
+    """Two requests are in the workers, the others wait. TorchServe alone would drop them all."""
     pixels = np.stack([sample.levels for sample in samples] * 20)  # (340, 28, 28)
     maps = np.stack([sample.jacobian[sample.predicted] for sample in samples] * 20)
     content = io.BytesIO()

@@ -1,6 +1,6 @@
-"""The methods through a real TorchServe: every one in one batch, in every protocol and format, and what is refused.
+"""The methods through a real TorchServe: all in one batch, in every protocol and format, and their refusals.
 
-Numbers are compared with those that the same functions give in this process, from the same weights, in float64.
+Numbers are compared with those of the same functions in this process, from the same weights, in float64.
 """
 
 from collections.abc import Callable
@@ -89,7 +89,7 @@ def reference(network: nn.Module) -> Reference:
 
 
 def options_of(method: Method) -> dict[str, Any]:
-    """What a client sends for a method."""
+    """Options that a client sends for a method."""
     return {"method": method.name, **method.values}
 
 
@@ -118,7 +118,7 @@ def test_all_methods_and_predictions_share_a_batch(
     batch_count: Callable[[], int],
     worker_pids: Callable[[], list[int]],
 ) -> None:
-    """Seven methods and a prediction at once, each of another image and class, until they have shared one batch."""
+    """Ask for seven methods and a prediction at once, each of another image and class, until they share a batch."""
     workers = worker_pids()
     assert len(METHODS) == BATCH_SIZE - 1
     targets = [None, 3, 9, None, 0, None, 5]
@@ -154,7 +154,7 @@ def test_method_and_parameters_as_headers_and_as_form(
 def test_gap_is_by_how_much_the_map_misses_the_difference_of_scores(
     server: TorchServe, samples: list[Sample], reference: Reference
 ) -> None:
-    """Of the numbers in the reply itself, for several targets."""
+    """Computed from the numbers of the reply itself, for several targets."""
     targets = [2, samples[0].predicted]
     for baseline, level in ((Baseline.ZERO, 0.0), (Baseline.MEAN, MNIST_MEAN)):
         options = options_of(IntegratedGradients(15, baseline))
@@ -258,7 +258,7 @@ def test_npy_of_several_methods_names_each(server: TorchServe, samples: list[Sam
 
 
 def test_maps_in_the_pixels_of_the_clients_image(server: TorchServe, samples: list[Sample]) -> None:
-    """Enlarged and inverted, so that preparation has something to do; the gradient there is tested elsewhere."""
+    """The image is enlarged and inverted, so that it has to be prepared. Other tests check the gradient there."""
     content = BytesIO()
     sent = Image.fromarray(255 - samples[3].levels).resize((84, 84), Image.Resampling.BICUBIC)
     sent.save(content, format="PNG")

@@ -1,4 +1,4 @@
-"""Metrics, alerts, dashboard, correlation ids and JSON logs: on a real TorchServe and, where it is there, a real Prometheus."""
+"""Metrics, alerts, dashboard, correlation ids and JSON logs: with a real TorchServe and, if installed, a real Prometheus."""
 
 import contextlib
 import json
@@ -53,7 +53,7 @@ def scrape(server: TorchServe) -> Counts:
 
 
 def settled(server: TorchServe) -> Counts:
-    """The counts, once all that happened is in them: once they have not changed for twice as long as a worker keeps them back."""
+    """Read the counts once they are complete: unchanged for twice the time that a worker keeps them back."""
     deadline = time.monotonic() + WAIT_S
     counts, since = ours(scrape(server)), time.monotonic()
     while time.monotonic() < since + 2 * INTERVAL_S:
@@ -181,7 +181,7 @@ def json_server(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @contextlib.contextmanager
 def traffic(server: TorchServe) -> Iterator[None]:
-    """Requests of all kinds and outcomes, one after the other, in the background."""
+    """Send requests of all kinds and outcomes in the background, one after another."""
     routes = [f"{server.address}/{route}/digits" for route in ("explanations", "predictions")]
     ended = threading.Event()
 
@@ -207,7 +207,7 @@ def traffic(server: TorchServe) -> Iterator[None]:
 
 @contextlib.contextmanager
 def prometheus_of(server: TorchServe, folder: Path) -> Iterator[str]:
-    """A Prometheus with this project's configuration, but for the port, and in a hurry. Its address."""
+    """Run a Prometheus with this project's configuration, on another port and with short intervals. Yields its address."""
     configuration = yaml.safe_load((PROMETHEUS_FOLDER / "prometheus.yml").read_text())
     assert configuration["scrape_configs"][0]["static_configs"] == [{"targets": ["127.0.0.1:8082"]}]
     configuration["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{server.settings.ports.metrics}"]}]
@@ -231,7 +231,7 @@ def prometheus_of(server: TorchServe, folder: Path) -> Iterator[str]:
 
 
 def ask(prometheus: str, query: str) -> list[float]:
-    """The values of an instant query, without those that are no numbers."""
+    """Values of an instant query, without NaN."""
     reply = requests.get(f"{prometheus}/query", params={"query": query}, timeout=TIMEOUT_S)
     assert reply.ok, f"{query}: {reply.text}"
     values = [float(one["value"][1]) for one in reply.json()["data"]["result"]]
@@ -239,13 +239,13 @@ def ask(prometheus: str, query: str) -> list[float]:
 
 
 def measured_by(expression: str) -> list[str]:
-    """The parts of an alert's condition, such that each has a value whether it is met or not."""
+    """Split an alert's condition into parts that have a value whether they are met or not."""
     parts = re.split(r"\b(?:and|unless)\b(?: on \([^)]*\))?", expression)
     return [re.sub(r"(==|[<>]) ", r"\1 bool ", part).replace("offset 10m", "").strip() for part in parts]
 
 
 def queries() -> Iterator[tuple[str, str]]:
-    """Every query of dashboard and rules, with what it is for."""
+    """Every query of dashboard and rules, each with the name of its panel or rule."""
     for panel in DASHBOARD["panels"]:
         for target in panel["targets"]:
             expression = target["expr"].replace("$__rate_interval", "20s").replace("$job", "saliency").replace("$model", "digits")
@@ -262,7 +262,7 @@ def rules_of(prometheus: str) -> list[dict[str, Any]]:
 
 
 def label_values(prometheus: str, query: str) -> list[str]:
-    """What Grafana asks for a variable `label_values(SERIES, LABEL)`."""
+    """Ask as Grafana does for a variable `label_values(SERIES, LABEL)`."""
     found = re.fullmatch(r"label_values\((.*), (\w+)\)", query)
     assert found is not None
     series = found[1].replace("$job", "saliency")
@@ -324,7 +324,7 @@ def test_every_alert_is_tested_where_it_fires() -> None:
 
 
 def test_queries_name_only_what_is_declared() -> None:
-    """Also where there is no Prometheus to run them."""
+    """This holds without a Prometheus too."""
     declared = yaml.safe_load((SERVE_CONFIG / "metrics.yaml").read_text())
     names = {one["name"] for section in declared.values() for kind in section.values() for one in kind}
     names |= {rule["record"] for rule in RULES if "record" in rule}
@@ -335,7 +335,7 @@ def test_queries_name_only_what_is_declared() -> None:
 
 
 def test_restarted_worker_is_counted_and_every_log_line_is_json(json_server: TorchServe) -> None:
-    """The death of a worker, and a failure of the frontend, bring lines of all loggers."""
+    """A killed worker and a failure of the frontend make all loggers write."""
     before = settled(json_server)
     assert (
         requests.post(f"{json_server.address}/predictions/digits", data=NAMELESS, headers=FORM, timeout=TIMEOUT_S).status_code

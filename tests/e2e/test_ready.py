@@ -1,4 +1,4 @@
-"""The probe against a real server: it says ready where the answers are right, and only there."""
+"""The readiness probe against a real server: ready if the answers are right, and only then."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""How cost grows, with a real server: the first points of each question, briefly."""
+"""The measurement of growing cost with a real server: the first points of each question, briefly."""
 
 import json
 from pathlib import Path

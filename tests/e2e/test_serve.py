@@ -1,4 +1,4 @@
-"""Starting and stopping: `python -m scripts.serving` and plain `torchserve`, as a person uses them."""
+"""Start and stop: `python -m scripts.serving` and plain `torchserve`, as a person uses them; and the client."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ from tests.servers import START_TIMEOUT_S, processes_with, read_until, serving, 
 def test_served_model_answers_the_printed_lines_and_leaves_nothing_behind(
     archive: Path, tmp_path: Path, temp_dir: Path, signal_number: signal.Signals
 ) -> None:
-    """In a hostile environment: no Java on the PATH, and a PYTHONPATH whose `handler` package would shadow the archive's."""
+    """The environment is hostile: no Java on the PATH, and a PYTHONPATH whose `handler` package would shadow the archive's."""
     (tmp_path / "poison" / "handler").mkdir(parents=True)
     (tmp_path / "poison" / "handler" / "__init__.py").write_text("raise RuntimeError('the wrong handler package')")
     environment = {name: value for name, value in os.environ.items() if name != "JAVA_HOME"} | {
@@ -115,7 +115,7 @@ def test_workers_on_another_device_than_asked_for_are_found_out(server: TorchSer
 
 
 def test_worker_has_the_archives_threads(server: TorchServe, device: str) -> None:
-    """The main one, those of metrics and memory, and BLAS's: torch's own pool would have one for every core beside them."""
+    """Threads: the main one, metrics, memory, BLAS. torch's own pool would add one for every core."""
     if device == "gpu":
         pytest.skip("CUDA has threads of its own")
     (worker,) = workers_of(server)

@@ -1,4 +1,4 @@
-"""The sweep with real servers: one changed setting, briefly."""
+"""The sweep of settings with real servers: one changed setting, briefly."""
 
 import json
 from pathlib import Path
