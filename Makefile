@@ -4,25 +4,33 @@ DATA_DIR ?= build/data
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-LOCKS := requirements-dev.txt requirements-peers.txt requirements-fuzz.txt requirements-audit.txt
+LOCKS := tests/requirements.txt scripts/bench/peers/requirements.txt tests/requirements-fuzz.txt .github/requirements-audit.txt
+COMPILE = $(BIN)/uv pip compile --universal --generate-hashes --no-header --quiet $(ARGS)
 SOURCES := $(wildcard handler/*.py handler/*/*.py scripts/packaging/*.py) scripts/paths.py model/network.py model/weights.safetensors \
            serve_config/model-config.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test lint format package accuracy evaluate load soak benchmark sweep scale gpu fuzz train digits image \
-        classes localise lock audit sbom clean
+.PHONY: help setup serve test test-long test-all lint format package accuracy evaluate load soak benchmark sweep scale gpu fuzz train \
+        digits drawings classes localise lock audit sbom clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
 setup: .venv/.installed ## make .venv with all that serving and training need (5.5 GB, about a minute)
 
 serve: build/digits.mar ## build the archive and serve it on 127.0.0.1:8080; ARGS="--workers 4 ..." (--help shows all)
 	$(BIN)/python -m scripts.serving $(ARGS)
 
-test: .venv/.installed-dev build/digits.mar ## run all tests, unit and end to end; ARGS="-k name" runs some
-	$(BIN)/python -m pytest $(ARGS)
+test: .venv/.installed-dev ## run the tests, unit and end to end (five minutes on two cores); ARGS="-k name" runs some
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-long: .venv/.installed-dev build/digits.mar ## run the tests that `make test` leaves out: those that measure for long
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+test-all: ## run all tests: make test, then make test-long
+	$(MAKE) test
+	$(MAKE) test-long
 
 lint: .venv/.installed-dev ## ruff, mypy and the import rules
 	$(BIN)/ruff check
@@ -39,20 +47,20 @@ package: build/digits.mar ## build build/digits.mar
 accuracy: build/digits.mar ## send MNIST's test images through HTTP, plain and as photographs; DATA_DIR=... where they are
 	$(BIN)/python -m scripts.research.accuracy --data-dir $(DATA_DIR) $(ARGS)
 
-evaluate: .venv/.installed-dev ## measure the maps beside controls; fails where a gate does; DATA_DIR=... ARGS="--images 200"
+evaluate: .venv/.installed-dev ## measure the saliency maps beside controls; fails if a gate does; DATA_DIR=... ARGS="--images 200"
 	$(BIN)/python -m scripts.research.evaluate --data-dir $(DATA_DIR) $(ARGS)
 
 load: .venv/.installed-dev ## put a running server under load and report; ARGS="--rates 100,200,400 ..." (--help shows all)
 	$(BIN)/python -m scripts.bench.load_test $(ARGS)
 
-soak: .venv/.installed-dev build/digits.mar ## half an hour of mixed traffic: does the server stay as it was? ARGS="--minutes 1 --warm-up 15"
+soak: .venv/.installed-dev build/digits.mar ## send mixed traffic for half an hour and check that the server stays as it was; ARGS="--minutes 1 --warm-up 15"
 	$(BIN)/python -m scripts.bench.soak $(ARGS)
 
 benchmark: .venv/.installed-peers ## measure this service beside its peers (a quarter of an hour); ARGS="--rounds 3 --systems noop,mosec"
 	$(BIN)/python -m scripts.bench.benchmark_step
 	$(BIN)/python -m scripts.bench.benchmark $(ARGS)
 
-gpu: .venv/.installed-dev ## prove and measure the service on a GPU, into build/gpu; ARGS="--parts speed --device cpu" (--help shows all)
+gpu: .venv/.installed-dev ## test and measure the service on a GPU, into build/gpu; ARGS="--parts speed --device cpu" (--help shows all)
 	$(BIN)/python -m scripts.bench.gpu_report $(ARGS)
 
 sweep: .venv/.installed-dev build/digits.mar ## measure what each setting of the server is worth (an hour); ARGS="--settings batchSize,vmargs"
@@ -70,30 +78,27 @@ train: .venv/.installed ## train the network again (a quarter of an hour on two 
 digits: .venv/.installed ## draw the test digits again
 	$(BIN)/python -m model.draw_samples
 
-image: .venv/.installed ## make the README's image again; a server must be running
+drawings: .venv/.installed ## draw .github/explained.png of the README again; a server must be running
 	$(BIN)/python -m scripts.serving.explain model/samples/3-4.png model/samples/4-1.png model/samples/7-3.png --target predicted,9 \
 		--output .github/explained.png
 
-classes: .venv/.installed ## make the image that the network takes for each class; DATA_DIR=...
+classes: .venv/.installed ## make an image that maximises each class; DATA_DIR=...
 	$(BIN)/python -m scripts.research.class_images --data-dir $(DATA_DIR) --output .github/classes.png $(ARGS)
 
-localise: .venv/.installed-dev ## find digits in photographs by their maps; a server must be running
+localise: .venv/.installed-dev ## find digits in photographs by their saliency maps; a server must be running
 	$(BIN)/python -m model.photograph model/samples/3-4.png model/samples/5-1.png --output-dir build/photographs
 	$(BIN)/python -m scripts.research.localise "build/photographs/3-4 phone.jpg" "build/photographs/3-4 blackboard.jpg" \
 		"build/photographs/5-1 ruled paper.jpg" "build/photographs/5-1 canvas.png" \
 		--size 168 --columns 2 --output .github/localised.png $(ARGS)
 
-lock: .venv/.installed-dev ## resolve pyproject.toml into requirements*.txt, with hashes
-	$(BIN)/uv pip compile pyproject.toml --universal --generate-hashes --no-header --quiet --upgrade -o requirements.txt
-	$(BIN)/uv pip compile pyproject.toml --group dev --constraint requirements.txt --universal --generate-hashes --no-header \
-		--quiet --upgrade -o requirements-dev.txt
-	$(BIN)/uv pip compile --group peers --constraint requirements-dev.txt --universal --generate-hashes --no-header \
-		--quiet --upgrade -o requirements-peers.txt
-	$(BIN)/uv pip compile --group fuzz --universal --generate-hashes --no-header --quiet --upgrade -o requirements-fuzz.txt
-	$(BIN)/uv pip compile --group audit --constraint requirements-dev.txt --constraint requirements-peers.txt --universal \
-		--generate-hashes --no-header --quiet --upgrade -o requirements-audit.txt
+lock: .venv/.installed-dev ## pin pyproject.toml's packages with hashes, each where it is used; ARGS=--upgrade takes newer versions
+	$(COMPILE) pyproject.toml -o requirements.txt
+	$(COMPILE) pyproject.toml --group dev --constraint requirements.txt -o tests/requirements.txt
+	$(COMPILE) --group peers --constraint tests/requirements.txt -o scripts/bench/peers/requirements.txt
+	$(COMPILE) --group fuzz -o tests/requirements-fuzz.txt
+	$(COMPILE) --group audit --constraint tests/requirements.txt --constraint scripts/bench/peers/requirements.txt -o .github/requirements-audit.txt
 
-audit: build/audit/.installed ## look all locked packages up among known vulnerabilities; needs a network; ARGS="-s osv"
+audit: build/audit/.installed ## check all locked packages for known vulnerabilities; needs a network; ARGS="-s osv"
 	build/audit/bin/pip-audit --strict --require-hashes --disable-pip --progress-spinner off $(LOCKS:%=-r %) $(ARGS)
 
 sbom: build/audit/.installed ## list what serving and training install, as CycloneDX, in build/sbom.json
@@ -112,19 +117,19 @@ build/digits.mar: .venv/.installed $(SOURCES)
 	$(PIP) install --require-hashes -r requirements.txt
 	@touch $@
 
-.venv/.installed-dev: .venv/.installed requirements-dev.txt
-	$(PIP) install --require-hashes -r requirements-dev.txt
+.venv/.installed-dev: .venv/.installed tests/requirements.txt
+	$(PIP) install --require-hashes -r tests/requirements.txt
 	@touch $@
 
-.venv/.installed-peers: .venv/.installed-dev requirements-peers.txt
-	$(PIP) install --require-hashes -r requirements-peers.txt
+.venv/.installed-peers: .venv/.installed-dev scripts/bench/peers/requirements.txt
+	$(PIP) install --require-hashes -r scripts/bench/peers/requirements.txt
 	@touch $@
 
-.venv/.installed-fuzz: .venv/.installed-dev requirements-fuzz.txt
-	$(PIP) install --require-hashes -r requirements-fuzz.txt
+.venv/.installed-fuzz: .venv/.installed-dev tests/requirements-fuzz.txt
+	$(PIP) install --require-hashes -r tests/requirements-fuzz.txt
 	@touch $@
 
-build/audit/.installed: requirements-audit.txt # a venv of its own: what is looked up need not be installed
+build/audit/.installed: .github/requirements-audit.txt # a venv of its own: the packages that are checked need not be installed
 	$(PYTHON) -m venv build/audit
-	build/audit/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r requirements-audit.txt
+	build/audit/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r .github/requirements-audit.txt
 	@touch $@

@@ -1,4 +1,4 @@
-"""What schemathesis needs to know beside the API's description: how to make images, and to read replies that are no JSON."""
+"""Hooks for schemathesis: strategies that make images, and deserializers for replies other than JSON."""
 
 import base64
 from io import BytesIO
@@ -46,14 +46,14 @@ def filter_case(context: schemathesis.HookContext, case: schemathesis.Case[Any])
 
 @schemathesis.deserializer("application/x-npy")
 def read_npy(context: object, response: schemathesis.Response) -> str:
-    """Load an .npy, which raises where it is none. Its schema is of the bytes."""
+    """Load an .npy reply; raise ValueError if it is not one. The schema describes the raw bytes."""
     assert np.load(BytesIO(response.content), allow_pickle=False).dtype == np.float32
     return response.content.decode("latin-1")
 
 
 @schemathesis.deserializer("image/png")
 def read_png(context: object, response: schemathesis.Response) -> str:
-    """Decode a PNG, which raises where it is none. Its schema is of the bytes."""
+    """Decode a PNG reply; raise an OSError if it is not one. The schema describes the raw bytes."""
     with Image.open(BytesIO(response.content), formats=["PNG"]) as image:
         image.load()
     return response.content.decode("latin-1")

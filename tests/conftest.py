@@ -1,4 +1,4 @@
-"""What several test files need: the test digits, the committed network, unpacked archives."""
+"""Fixtures of all tests: the test digits, the committed network, the archive of this tree."""
 
 import json
 import zipfile
@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 from handler.gradients.compiler import compile_and_load
@@ -17,6 +18,10 @@ from handler.gradients.explain import Autograd, Differentiable
 from scripts.network import load_committed_network
 from scripts.packaging.package import build_archive
 from scripts.paths import MODEL_CONFIG, MODEL_FILE, SAMPLE_FILES, WEIGHTS_FILE
+
+# Tests run beside each other and beside servers: more threads than one would only wait for each other.
+torch.set_num_threads(1)
+threadpool_limits(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -39,7 +44,7 @@ def network() -> nn.Module:
 
 @pytest.fixture(scope="session", params=["autograd", "compiled pass"])
 def differentiable(request: pytest.FixtureRequest, network: nn.Module) -> Differentiable:
-    """The committed network with its derivative: by the reference, and as a worker has it."""
+    """The committed network with its derivative: by autograd, and by the compiled pass that a worker uses."""
     if request.param == "autograd":
         return Autograd(network)
     return compile_and_load(network)
@@ -53,7 +58,7 @@ def digit_pixels() -> NDArray[np.float32]:
 
 @pytest.fixture(scope="session")
 def digit_batch(digit_pixels: NDArray[np.float32]) -> torch.Tensor:
-    """All test digits as the network takes them: (50, 1, 28, 28)."""
+    """All test digits as input of the network: (50, 1, 28, 28)."""
     return torch.from_numpy(digit_pixels)[:, None]
 
 

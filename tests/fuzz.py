@@ -1,9 +1,9 @@
-"""Coverage-guided fuzzing of everything that a request's bytes reach before the network does.
+"""Coverage-guided fuzzing of all code that reads a request before the network runs.
 
     python -m tests.fuzz --seconds 600
 
-A request is parsed, decoded and prepared as in a worker. It must end in canonical pixels or in a client error, in less than
-MAX_SECONDS; anything else is written to build/fuzz/crash-* and ends the run. Needs atheris (`make fuzz` installs it).
+A request is parsed, decoded and prepared as in a worker. It must end in canonical pixels or in a client error within MAX_SECONDS;
+anything else is written to build/fuzz/crash-* and ends the run. Needs atheris (`make fuzz` installs it).
 """
 
 import argparse
@@ -24,14 +24,14 @@ FOLDER = Path("build/fuzz")
 
 
 class Fuzzer:
-    """Runs inputs and counts how they end."""
+    """Run inputs and count their outcomes."""
 
     def __init__(self) -> None:
         self.outcomes: collections.Counter[str] = collections.Counter()
         self.slowest_s = 0.0
 
     def run(self, content: bytes) -> None:
-        """Answer one request. The first byte chooses the door."""
+        """Answer one request. The first byte chooses its form."""
         row, headers = row_of(content)
         started = time.process_time()
         outcome = outcome_of(row, headers)

@@ -1,4 +1,4 @@
-"""Requests as an attacker would send them: how fuzzers turn bytes into rows, and what every row must come to."""
+"""Hostile requests: any bytes -> a TorchServe row, and the outcomes that a row may have."""
 
 import base64
 import json
@@ -16,21 +16,21 @@ from handler.protocol.request import parse_request
 from scripts.paths import SAMPLE_FILES
 
 CLASS_COUNT, HEIGHT, WIDTH = 10, 28, 28
-DOORS = 5
+FORM_COUNT = 5  # of a request, as `row_of` makes it
 
 Row = dict[str, object]
 
 
 def row_of(content: bytes) -> tuple[Row, dict[str, str]]:
     """Make a TorchServe row of any bytes. The first byte chooses how they arrive."""
-    door, body = (content[0] % DOORS, content[1:]) if content else (0, b"")
-    if door == 0:
+    form, body = (content[0] % FORM_COUNT, content[1:]) if content else (0, b"")
+    if form == 0:
         return {"body": bytearray(body)}, {}
-    if door == 1:
+    if form == 1:
         return {"body": bytearray(body)}, {"Content-Type": "application/json", "explain": "True"}
-    if door == 2:
+    if form == 2:
         return {"data": bytearray(body), "target": bytearray(body[:8])}, {"explain": "True"}
-    if door == 3:
+    if form == 3:
         return {"body": {"data": base64.b64encode(body).decode(), "prepare": "auto"}}, {"Accept": "image/png", "explain": "True"}
     text = body.decode("latin-1")
     return {"body": bytearray(body)}, {"X-Saliency-Target": text[:20], "Accept": text[20:60], "Content-Type": text[60:90]}
@@ -42,7 +42,7 @@ def outcome_of(row: object, headers: dict[str, str]) -> str:
     Returns:
         "pixels", or the type of the client error.
     Raises:
-        AssertionError: what came out is not what the network or a client may get.
+        AssertionError: the pixels or the error are not what the network or a client may get.
         Exception: anything but a client error is a defect.
     """
     try:
@@ -103,7 +103,7 @@ def _seeds() -> list[bytes]:
         {"inputs": [{"name": "image", "shape": [-1], "datatype": "BYTES", "data": [encoded]}]},
     ]
     bodies = images + [json.dumps(document).encode() for document in documents]
-    return [struct.pack("B", door) + body for body in bodies for door in range(DOORS)]
+    return [struct.pack("B", form) + body for body in bodies for form in range(FORM_COUNT)]
 
 
 SEEDS = _seeds()

@@ -1,4 +1,4 @@
-"""Reads the API's description, serve_config/openapi.yaml, for the tests that hold it against code and server."""
+"""The API's description, serve_config/openapi.yaml, read for tests that compare it with the code and the server."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ def resolve(node: Any) -> Any:
 
 
 def schema_at(pointer: str) -> Any:
-    """What a reference inside the document points to. Parts of it may be references themselves."""
+    """Find what a reference inside the document points to. Parts of it may be references themselves."""
     node: Any = DOCUMENT
     for part in pointer.removeprefix("#/").split("/"):
         node = resolve(node)[part.replace("~1", "/").replace("~0", "~")]
@@ -32,7 +32,7 @@ def schema_at(pointer: str) -> Any:
 
 
 def validator_of(pointer: str) -> jsonschema_rs.Draft202012Validator:
-    """Checks values by the schema at a place of the document."""
+    """Make a validator from the schema at a place of the document."""
     return jsonschema_rs.Draft202012Validator({"$ref": ADDRESS + pointer}, registry=REGISTRY)
 
 
@@ -64,7 +64,7 @@ class ExampleRequest:
     content: bytes | dict[str, Any]  # a file, or fields
 
     def arguments(self) -> dict[str, Any]:
-        """How `requests.request` sends it. A form's image is a file, which the document cannot hold."""
+        """Arguments of `requests.request`. A form's image is a file, which the document cannot hold."""
         if isinstance(self.content, bytes):
             return {"data": self.content, "headers": {"Content-Type": self.media_type.replace("image/*", "image/png")}}
         if self.media_type == "multipart/form-data":
@@ -83,7 +83,7 @@ def example_requests() -> Iterator[tuple[str, ExampleRequest]]:
 
 
 def validate_reply(path: str, method: str, reply: requests.Response) -> None:
-    """Check status, media type, headers and body of a reply by the document.
+    """Validate status, media type, headers and body of a reply against the document.
 
     Raises:
         AssertionError, jsonschema_rs.ValidationError: the document does not allow this reply.

@@ -1,4 +1,4 @@
-"""The network and its gradient once more, in numpy and float64, with no torch: an independent answer to compare with.
+"""An independent implementation of the network and its gradient, in numpy and float64, without torch.
 
 Written from the network's description alone, forward and backward by hand.
 """
@@ -13,14 +13,14 @@ Array = NDArray[np.float64]
 
 
 class Oracle:
-    """Scores and saliency of single images, from a safetensors file."""
+    """Logits and saliency of single images, from the weights in a safetensors file."""
 
     def __init__(self, weights: bytes | Path) -> None:
         content = weights.read_bytes() if isinstance(weights, Path) else weights
         self.weights = {name: array.astype(np.float64) for name, array in safetensors.numpy.load(content).items()}
 
     def explain(self, pixels: Array) -> tuple[Array, Array]:
-        """Score an image and differentiate every score.
+        """Compute the logits of an image and differentiate each.
 
         Args:
             pixels: (28, 28), intensity in [0, 1].
@@ -52,7 +52,7 @@ def _convolve(x: Array, kernel: Array, bias: Array) -> Array:
 
 
 def _convolve_back(g: Array, kernel: Array, shape: tuple[int, ...]) -> Array:
-    """The transpose of `_convolve`: every output gives its gradient to the nine inputs that it saw."""
+    """The transpose of `_convolve`: each output passes its gradient to its nine inputs."""
     _, height, width = shape
     padded = np.zeros((shape[0], height + 4, width + 4))
     for i in range(3):
@@ -62,7 +62,7 @@ def _convolve_back(g: Array, kernel: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _pool(x: Array) -> tuple[Array, NDArray[np.intp]]:
-    """2x2 maxima and, of each window, which of its four pixels won (the first of equals). An odd last row is left out."""
+    """2x2 maxima, and the index of the maximum in each window (the first of equals). An odd last row is left out."""
     channels, height, width = x.shape[0], x.shape[1] // 2, x.shape[2] // 2
     windows = x[:, : 2 * height, : 2 * width].reshape(channels, height, 2, width, 2).transpose(0, 1, 3, 2, 4)
     flat = windows.reshape(channels, height, width, 4)
@@ -70,7 +70,7 @@ def _pool(x: Array) -> tuple[Array, NDArray[np.intp]]:
 
 
 def _unpool(g: Array, winners: NDArray[np.intp], shape: tuple[int, ...]) -> Array:
-    """Give each window's gradient to its winner."""
+    """Pass each window's gradient to its maximum."""
     spread = np.zeros(shape)
     channels, rows, columns = np.indices(g.shape)
     spread[channels, 2 * rows + winners // 2, 2 * columns + winners % 2] = g

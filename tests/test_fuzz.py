@@ -1,4 +1,4 @@
-"""Hostile requests: whatever arrives, a row ends in canonical pixels or in a client error of its own."""
+"""Any request ends in canonical pixels or in a client error of its own."""
 
 import json
 

@@ -39,7 +39,7 @@ def option_schema(name: str) -> dict[str, Any]:
 
 
 def error_types() -> dict[str, int]:
-    """What the code can answer: type and status."""
+    """Types and statuses of all errors that the code can answer with."""
 
     def below(parent: type[ServiceError]) -> list[type[ServiceError]]:
         return [found for child in parent.__subclasses__() for found in (child, *below(child))]
@@ -118,7 +118,7 @@ def accepts(name: str, value: Any) -> bool:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_document_and_code_accept_the_same_values(name: str) -> None:
-    """But for flags as text, which the code takes in JSON too."""
+    """Flags as text are left out: the code takes them in JSON too."""
     schema = validator_of(f"#/components/schemas/Options/properties/{name}")
     candidates = [value for value in CANDIDATES if not (name == "explain" and isinstance(value, str))]
     for value in candidates:

@@ -1,57 +1,57 @@
-"""What the Makefile installs is pinned by hash, and the locks hold what pyproject.toml asks for."""
+"""Everything that the Makefile installs is pinned by hash, and the locks hold what pyproject.toml asks for."""
 
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 
 from scripts.paths import ROOT
 
-LOCKS = sorted(ROOT.glob("requirements*.txt"))
+LOCKS = {  # by the group of dependencies that pyproject.toml asks for
+    "": "requirements.txt",
+    "dev": "tests/requirements.txt",
+    "peers": "scripts/bench/peers/requirements.txt",
+    "fuzz": "tests/requirements-fuzz.txt",
+    "audit": ".github/requirements-audit.txt",
+}
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-def locked(lock: Path) -> list[str]:
+def locked(lock: str) -> list[str]:
     """The requirements of a lock, each from its package's name to the next one's."""
-    return [part for part in re.split(r"(?m)^(?=\S)", lock.read_text()) if part]
+    return [part for part in re.split(r"(?m)^(?=\S)", (ROOT / lock).read_text()) if part]
 
 
 def package_of(requirement: str) -> str:
     return re.split(r"[=\[<>\s]", requirement, maxsplit=1)[0].lower()
 
 
-@pytest.mark.parametrize("lock", LOCKS, ids=lambda file: file.name)
-def test_every_locked_package_has_a_version_and_hashes(lock: Path) -> None:
+@pytest.mark.parametrize("lock", LOCKS.values())
+def test_every_locked_package_has_a_version_and_hashes(lock: str) -> None:
     for requirement in locked(lock):
         assert re.match(r"[a-z0-9][a-z0-9-]*==[\w.+]+( ; [^\\]+)? \\\n", requirement)
         assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", requirement)
-        assert "://" not in requirement, "it names the place that it came from"
+        assert "://" not in requirement, "the lock names a registry"
 
 
-@pytest.mark.parametrize(
-    ("lock", "group"),
-    [("", None), ("-dev", None), *((f"-{name}", name) for name in ("dev", "peers", "fuzz", "audit"))],
-    ids=str,
-)
-def test_lock_holds_what_is_asked_for(lock: str, group: str | None) -> None:
+@pytest.mark.parametrize(("lock", "group"), [("dev", ""), *((group, group) for group in LOCKS)])
+def test_lock_holds_what_is_asked_for(lock: str, group: str) -> None:
     content = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    asked = content["project"]["dependencies"] if group is None else content["dependency-groups"][group]
-    held = {package_of(requirement) for requirement in locked(ROOT / f"requirements{lock}.txt")}
+    asked = content["dependency-groups"][group] if group else content["project"]["dependencies"]
+    held = {package_of(requirement) for requirement in locked(LOCKS[lock])}
     assert {package_of(requirement) for requirement in asked} <= held
 
 
 def test_everything_is_installed_by_hash_and_looked_up() -> None:
-    installing = [line for line in MAKEFILE.splitlines() if re.search(r"(\$\(PIP\)|pip\b.*) install ", line)]
-    assert len(installing) == len(LOCKS)
-    assert all("install --require-hashes -r requirements" in line for line in installing)
+    folders = (".github", "handler", "model", "scripts", "serve_config", "tests")
+    found = {*ROOT.glob("requirements*.txt"), *(file for name in folders for file in (ROOT / name).rglob("requirements*.txt"))}
+    assert found == {ROOT / lock for lock in LOCKS.values()}
+    installing = re.findall(r"(?m)^\t.*(?:\$\(PIP\)|pip\b.*) install (.*)$", MAKEFILE)
+    assert sorted(installing) == sorted(f"--require-hashes -r {lock}" for lock in LOCKS.values())
     (looked_up,) = re.findall(r"(?m)^LOCKS := (.*)$", MAKEFILE)
-    assert {*looked_up.split(), "requirements.txt"} == {file.name for file in LOCKS}
+    assert {*looked_up.split(), "requirements.txt"} == set(LOCKS.values())
 
 
 def test_lock_for_development_holds_the_same_versions() -> None:
-    served, developed = (
-        {requirement.partition(" \\\n")[0] for requirement in locked(ROOT / name)}
-        for name in ("requirements.txt", "requirements-dev.txt")
-    )
+    served, developed = ({requirement.partition(" \\\n")[0] for requirement in locked(LOCKS[group])} for group in ("", "dev"))
     assert served <= developed

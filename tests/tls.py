@@ -1,4 +1,4 @@
-"""Certificates for tests, made by openssl when they are asked for."""
+"""Self-signed certificates for tests, made by openssl."""
 
 import shutil
 import subprocess
@@ -10,12 +10,12 @@ KEYS = {"rsa": "-newkey rsa:2048", "ec": "-newkey ec -pkeyopt ec_paramgen_curve:
 
 
 def make_certificate(folder: Path, names: str, key: str = "ec") -> tuple[Path, Path]:
-    """A certificate that signs itself, and its key: PEM, not encrypted, mode 0600.
+    """Make a self-signed certificate and its key: PEM, not encrypted, mode 0600.
 
     Args:
-        folder: where they go; made where it is missing.
-        names: whom it is for, as openssl says it: "IP:127.0.0.1,DNS:localhost".
-        key: its kind, of KEYS.
+        folder: for both files; it is made if it is missing.
+        names: its subjects, in openssl's form: "IP:127.0.0.1,DNS:localhost".
+        key: the kind of key, one of KEYS.
     """
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate")

@@ -1,53 +1,31 @@
-"""A real TorchServe for the end-to-end tests, on ports, folders and temp files of its own."""
+"""Fixtures of the end-to-end tests: a real TorchServe on ports and in folders of its own, and images with their answers."""
 
-import dataclasses
-import time
+import itertools
+import shutil
+import tempfile
 from collections.abc import Callable, Generator, Iterator
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import requests
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from scripts.packaging.package import read_archive
 from scripts.paths import SAMPLE_FILES
 from scripts.serving.launcher import Ports, Settings, TorchServe
+from tests.client import BATCH_SIZE, TIMEOUT_S, Sample
 from tests.conftest import label_of
 from tests.oracle import Oracle
+from tests.servers import wait_for
 
-BATCH_SIZE = 8
-TIMEOUT_S = 30
 SERVER = pytest.StashKey[TorchServe]()
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """A digit as a client has it, and what an independent computation says of it."""
-
-    digit: int
-    levels: NDArray[np.uint8]  # (28, 28)
-    logits: NDArray[np.float64]  # (10,)
-    jacobian: NDArray[np.float64]  # (10, 28, 28)
-
-    @property
-    def png(self) -> bytes:
-        content = BytesIO()
-        Image.fromarray(self.levels).save(content, format="PNG")
-        return content.getvalue()
-
-    @property
-    def predicted(self) -> int:
-        return int(self.logits.argmax())
 
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> str:
-    """Where the server's workers run: "cpu" or "gpu"."""
+    """The device of the server's workers: "cpu" or "gpu"."""
     asked: str = pytestconfig.getoption("device")
     if asked == "auto":
         return "gpu" if torch.cuda.is_available() else "cpu"
@@ -58,7 +36,7 @@ def device(pytestconfig: pytest.Config) -> str:
 def server(
     archive: Path, device: str, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> Iterator[TorchServe]:
-    """One worker and a long wait for neighbours, so that requests sent at once share a batch."""
+    """A server with one worker and a long batch delay, so that requests sent at once share a batch."""
     settings = Settings(
         archive=archive,
         ports=Ports.free(),
@@ -76,7 +54,7 @@ def server(
 
 @pytest.fixture(scope="session")
 def samples(archive: Path) -> list[Sample]:
-    """Test digits with a little noise (without it max pools tie, and ties have no one gradient), and the oracle's answers."""
+    """Test digits and the oracle's answers. A little noise breaks ties in the max pools, where the gradient is not unique."""
     oracle = Oracle(read_archive(archive)["weights.safetensors"])
     random = np.random.default_rng(0)
     found = []
@@ -90,23 +68,26 @@ def samples(archive: Path) -> list[Sample]:
 
 @pytest.fixture
 def batch_count(server: TorchServe) -> Callable[[], int]:
-    """How many batches the workers have got so far: TorchServe's worker logs a line for each."""
+    """The number of batches that the workers have got so far: TorchServe's worker logs a line for each.
+
+    The lines pass through a pipe and a log queue: they are all there once a later line is, that of a request without an image.
+    """
+    log = server.settings.log_dir / "model_log.log"
+    numbers = itertools.count(1)
 
     def count() -> int:
-        time.sleep(0.3)  # the line passes through a pipe and a log queue
-        return (server.settings.log_dir / "model_log.log").read_text().count("Backend received inference")
+        number = next(numbers)
+        mark = f"batch_count_{id(numbers)}_{number}"
+        requests.get(f"{server.address}/predictions/digits", headers={"X-Correlation-Id": mark}, timeout=TIMEOUT_S)
+        wait_for(lambda: mark in log.read_text(), "line in the log")
+        return log.read_text().count("Backend received inference") - number
 
     return count
 
 
-def workers_of(server: TorchServe) -> list[psutil.Process]:
-    """The worker processes that run, ready or not."""
-    return [process for process in server.processes() if "model_service_worker" in " ".join(process.cmdline())]
-
-
 @pytest.fixture
 def worker_pids(server: TorchServe) -> Callable[[], list[int]]:
-    """The workers that TorchServe says are ready."""
+    """Process ids of the workers that TorchServe reports as ready."""
 
     def pids() -> list[int]:
         reply = requests.get(f"{server.management_address}/models/digits", timeout=TIMEOUT_S)
@@ -115,11 +96,19 @@ def worker_pids(server: TorchServe) -> Callable[[], list[int]]:
     return pids
 
 
+@pytest.fixture
+def temp_dir() -> Iterator[Path]:
+    """A folder with a short path: Unix sockets lie in it."""
+    folder = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Show what the server logged last beside a failure."""
+    """Show the end of the server's log beside a failure."""
     report = yield
     running = item.config.stash.get(SERVER, None)
     if report.failed and running is not None:

@@ -1,14 +1,12 @@
-"""The HTTP API through a real TorchServe: every door, every error among good neighbours, a storm of everything.
+"""The HTTP API through a real TorchServe: every form of request, every error in a batch of good requests, a storm of all.
 
 Answers are compared with an independent computation from the archive's weights (tests/oracle.py).
 """
 
-import base64
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
-from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -19,55 +17,23 @@ from numpy.typing import NDArray
 from scripts.paths import SAMPLE_FILES
 from scripts.research.accuracy import count_right_answers
 from scripts.serving.launcher import TorchServe
+from tests.client import (
+    ATOL,
+    BATCH_SIZE,
+    ERRORS,
+    TIMEOUT_S,
+    Arguments,
+    Sample,
+    ask,
+    ask_at_once,
+    base64_of,
+    check_error,
+    check_explanation,
+    check_prediction,
+    explain,
+    predict,
+)
 from tests.conftest import label_of
-from tests.e2e.conftest import BATCH_SIZE, TIMEOUT_S, Sample
-from tests.hostile import png_header
-
-ATOL = 5e-5  # float32 against float64
-
-Arguments = dict[str, Any]  # of requests.request
-
-
-def ask(server: TorchServe, arguments: Arguments) -> requests.Response:
-    arguments = {"method": "POST", "timeout": TIMEOUT_S, **arguments}
-    return requests.request(url=server.address + arguments.pop("route"), **arguments)
-
-
-def predict(**arguments: Any) -> Arguments:
-    return {"route": "/predictions/digits"} | arguments
-
-
-def explain(**arguments: Any) -> Arguments:
-    return {"route": "/explanations/digits"} | arguments
-
-
-def base64_of(sample: Sample) -> str:
-    return base64.b64encode(sample.png).decode()
-
-
-def check_prediction(reply: requests.Response, sample: Sample) -> dict[str, Any]:
-    assert reply.status_code == 200, reply.text
-    assert reply.headers["content-type"] == "application/json"
-    content: dict[str, Any] = reply.json()
-    np.testing.assert_allclose(content["logits"], sample.logits, atol=ATOL)
-    probabilities = np.exp(sample.logits) / np.exp(sample.logits).sum()
-    np.testing.assert_allclose(content["probabilities"], probabilities, atol=ATOL)
-    assert content["digit"] == sample.predicted
-    assert content["probability"] == content["probabilities"][sample.predicted]
-    return content
-
-
-def check_explanation(reply: requests.Response, sample: Sample, target: int | list[int] | None = None) -> None:
-    explanation = check_prediction(reply, sample)["explanation"]
-    expected_target = sample.predicted if target is None else target
-    expected = sample.jacobian[expected_target]
-    assert explanation["target"] == expected_target
-    assert explanation["target_source"] == ("predicted" if target is None else "request")
-    assert explanation["shape"] == list(expected.shape)
-    saliency = explanation["saliency"]
-    if explanation["encoding"] == "base64":
-        saliency = np.frombuffer(base64.b64decode(saliency), dtype="<f4").reshape(explanation["shape"])
-    np.testing.assert_allclose(saliency, expected, atol=ATOL)
 
 
 def check_npy(reply: requests.Response, sample: Sample, target: int | list[int]) -> None:
@@ -81,7 +47,7 @@ def check_npy(reply: requests.Response, sample: Sample, target: int | list[int])
     assert float(reply.headers["X-Saliency-Max"]) == array.max()
 
 
-# --- doors
+# --- forms of requests
 
 
 @pytest.mark.parametrize(
@@ -167,79 +133,6 @@ def test_explanation_of_a_blank_image_is_finite(server: TorchServe) -> None:
 # --- errors
 
 
-def grid(value: object) -> list[list[object]]:
-    rows: list[list[object]] = [[0.5] * 28 for _ in range(28)]
-    rows[0][0] = value
-    return rows
-
-
-JSON = {"Content-Type": "application/json"}
-ERRORS = [
-    pytest.param(lambda s: explain(data=b"no image"), 400, "UnreadableImage", id="not an image"),
-    pytest.param(lambda s: explain(data=s.png[:-60]), 400, "UnreadableImage", id="truncated image"),
-    pytest.param(lambda s: explain(files={"data": b"no image"}), 400, "UnreadableImage", id="form, not an image"),
-    pytest.param(lambda s: explain(data=b""), 400, "EmptyRequest", id="empty body"),
-    pytest.param(lambda s: predict(method="GET"), 400, "EmptyRequest", id="GET"),
-    pytest.param(lambda s: explain(json={}), 400, "EmptyRequest", id="no image"),
-    pytest.param(
-        lambda s: explain(data=json.dumps({"data": base64_of(s)}), headers={"Content-Type": "application/x-www-form-urlencoded"}),
-        400,
-        "EmptyRequest",
-        id="curl -d",
-    ),
-    pytest.param(lambda s: explain(data="{'data': 1}", headers=JSON), 400, "MalformedJSON", id="malformed JSON"),
-    pytest.param(lambda s: explain(data="[" * 100_000, headers=JSON), 400, "MalformedJSON", id="deep JSON"),
-    pytest.param(lambda s: explain(json=[1]), 400, "InvalidRequest", id="JSON list"),
-    pytest.param(lambda s: explain(json={"data": "@@@"}), 400, "MalformedBase64", id="malformed base64"),
-    pytest.param(lambda s: explain(json={"data": [[0.5] * 28] * 27}), 400, "WrongShape", id="wrong shape"),
-    pytest.param(lambda s: explain(json={"data": grid(1.5)}), 400, "InvalidPixel", id="out of range"),
-    pytest.param(lambda s: explain(json={"data": grid(-1)}), 400, "InvalidPixel", id="negative"),
-    pytest.param(lambda s: explain(data=json.dumps({"data": grid(np.nan)}), headers=JSON), 400, "InvalidPixel", id="NaN"),
-    pytest.param(lambda s: explain(data=json.dumps({"data": grid(np.inf)}), headers=JSON), 400, "InvalidPixel", id="infinity"),
-    pytest.param(lambda s: explain(json={"data": grid("1")}), 400, "InvalidPixel", id="text among numbers"),
-    pytest.param(lambda s: explain(data=png_header(65_000, 65_000)), 413, "ImageTooLarge", id="bomb"),
-    *(
-        pytest.param(lambda s, t=t: explain(json={"data": base64_of(s), "target": t}), 400, "InvalidOption", id=f"target {t}")
-        for t in (-1, 10, True, 3.5, "seven", [], [3, 10])
-    ),
-    pytest.param(lambda s: explain(data=s.png, headers={"X-Saliency-Target": "-1"}), 400, "InvalidOption", id="header target -1"),
-    pytest.param(lambda s: explain(files={"data": s.png}, data={"target": "10"}), 400, "InvalidOption", id="form target 10"),
-    pytest.param(lambda s: predict(files={"data": s.png}, data={"target": "10"}), 400, "InvalidOption", id="unused target 10"),
-    pytest.param(lambda s: explain(json={"data": base64_of(s), "method": "magic"}), 400, "InvalidOption", id="unknown method"),
-    pytest.param(lambda s: explain(json={"data": base64_of(s), "colour": 1}), 400, "UnknownOption", id="unknown field"),
-    pytest.param(lambda s: explain(data=s.png, headers={"X-Saliency-Colour": "1"}), 400, "UnknownOption", id="unknown header"),
-    pytest.param(
-        lambda s: explain(data=json.dumps({"data": base64_of(s), "\ud800": 1}), headers=JSON),
-        400,
-        "UnknownOption",
-        id="lone surrogate",
-    ),
-    pytest.param(lambda s: explain(data=s.png, headers={"Accept": "text/csv"}), 406, "NotAcceptable", id="unknown Accept"),
-    pytest.param(lambda s: predict(data=s.png, headers={"Accept": "application/x-npy"}), 406, "NotAcceptable", id="npy, no map"),
-]
-
-
-def check_error(reply: requests.Response, status: int, kind: str) -> None:
-    assert reply.status_code == status, reply.text
-    assert reply.headers["content-type"] == "application/json"
-    content = reply.json()
-    assert content.keys() == {"error"}
-    assert content["error"].keys() == {"code", "type", "message"}
-    assert (content["error"]["code"], content["error"]["type"]) == (status, kind)
-    assert content["error"]["message"].startswith("expected ")
-
-
-def ask_at_once(server: TorchServe, batch: list[Arguments]) -> list[requests.Response]:
-    barrier = Barrier(len(batch))
-
-    def wait_and_ask(arguments: Arguments) -> requests.Response:
-        barrier.wait()
-        return ask(server, arguments)
-
-    with ThreadPoolExecutor(len(batch)) as pool:
-        return list(pool.map(wait_and_ask, batch))
-
-
 @pytest.mark.parametrize(("make", "status", "kind"), ERRORS)
 def test_error_costs_its_neighbours_nothing(
     server: TorchServe,
@@ -250,7 +143,7 @@ def test_error_costs_its_neighbours_nothing(
     status: int,
     kind: str,
 ) -> None:
-    """One bad request and seven good ones, sent at once, until they have shared one batch; right in every round."""
+    """Send one bad request and seven good ones at once until they share a batch; every round has the right answers."""
     workers = worker_pids()
     good = samples[: BATCH_SIZE - 1]
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""The benchmark with real servers: this service and the handler that does nothing, briefly; and its checks of answers."""
+"""The benchmark with real servers, briefly: this service beside a handler that does nothing; and its checks of answers."""
 
 import json
 from pathlib import Path
@@ -13,6 +13,7 @@ from scripts.paths import SAMPLE_FILES
 from scripts.serving.launcher import TorchServe
 
 
+@pytest.mark.long
 def test_benchmark_measures_and_reports(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +82,7 @@ def test_peer_gives_the_same_answers(
 
 
 def test_another_map_is_found(running: Running, images: list[bytes]) -> None:
-    """The system of that name explains class 0, and the server behind it does not."""
+    """The system of that name explains class 0; the server behind it explains the predicted class."""
     with pytest.raises(BenchmarkError, match=r"saliency has maps that differ from those of ours by \d"):
         check_answers({"ours": running, "saliency": running}, images)
 

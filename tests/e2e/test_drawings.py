@@ -1,4 +1,4 @@
-"""Images as replies, through a real TorchServe: whose map it is, what an option changes, what is refused."""
+"""Drawings as replies, through a real TorchServe: the right saliency map, every option, every refusal."""
 
 import io
 import warnings
@@ -12,9 +12,9 @@ from PIL import Image
 
 from handler.render.drawing import Colormap, Layout, Polarity, Row, Style, draw
 from scripts.serving.launcher import TorchServe
-from tests.e2e.conftest import Sample
-from tests.e2e.test_api import (
+from tests.client import (
     Arguments,
+    Sample,
     ask,
     ask_at_once,
     base64_of,
@@ -40,7 +40,7 @@ def pixels_of(content: bytes) -> NDArray[np.int16]:
 
 
 def check_image(reply: requests.Response, sample: Sample, target: int | list[int] | None, style: Style) -> None:
-    """The reply is what the drawing module makes of the oracle's maps, but for float32's rounding."""
+    """Check that a reply is the drawing of the oracle's saliency maps, up to float32 rounding."""
     assert reply.status_code == 200, reply.text
     assert reply.headers["content-type"] == "image/png"
     classes = [sample.predicted] if target is None else [int(k) for k in np.atleast_1d(target)]
@@ -58,7 +58,7 @@ def check_image(reply: requests.Response, sample: Sample, target: int | list[int
     assert float(reply.headers["X-Saliency-Max"]) == pytest.approx(maps.max(), abs=5e-5)
 
 
-def test_default_image_is_an_overlay_of_448_pixels(server: TorchServe, samples: list[Sample]) -> None:
+def test_default_drawing_is_an_overlay_of_448_pixels(server: TorchServe, samples: list[Sample]) -> None:
     for sample in samples[:3]:
         reply = ask(server, explain(data=sample.png, headers=PNG))
         check_image(reply, sample, None, Style())
@@ -79,7 +79,7 @@ def test_default_image_is_an_overlay_of_448_pixels(server: TorchServe, samples: 
     ],
     ids=str,
 )
-def test_options_of_a_image_work_as_json_form_and_headers(
+def test_options_of_a_drawing_work_as_json_form_and_headers(
     server: TorchServe, samples: list[Sample], options: dict[str, Any], style: Style
 ) -> None:
     sample = samples[4]
@@ -94,12 +94,12 @@ def test_options_of_a_image_work_as_json_form_and_headers(
 
 @pytest.mark.parametrize("layout", Layout)
 @pytest.mark.parametrize("target", [[3], [4, 9], list(range(10))], ids=str)
-def test_several_targets_are_one_image(server: TorchServe, samples: list[Sample], target: list[int], layout: Layout) -> None:
+def test_several_targets_are_one_drawing(server: TorchServe, samples: list[Sample], target: list[int], layout: Layout) -> None:
     fields = {"data": samples[2].levels.tolist(), "target": target, "size": 90, "layout": layout}
     check_image(ask(server, explain(json=fields, headers=PNG)), samples[2], target, Style(size=90, layout=layout))
 
 
-def test_what_a_browsers_image_tag_accepts_gives_a_image(server: TorchServe, samples: list[Sample]) -> None:
+def test_what_a_browsers_image_tag_accepts_gives_a_drawing(server: TorchServe, samples: list[Sample]) -> None:
     accept = "image/avif,image/webp,image/apng,image/svg+xml,image/*,*/*;q=0.8"
     check_image(ask(server, explain(data=samples[0].png, headers={"Accept": accept})), samples[0], None, Style())
 
@@ -111,7 +111,7 @@ def test_blank_image_is_drawn(server: TorchServe) -> None:
         assert pixels_of(reply.content).size > 0
 
 
-def test_one_batch_gives_numbers_images_and_errors_each_to_its_own_client(server: TorchServe, samples: list[Sample]) -> None:
+def test_one_batch_gives_numbers_drawings_and_errors_each_to_its_own_client(server: TorchServe, samples: list[Sample]) -> None:
     for first in range(0, 8, 4):
         one, two, three, four = samples[first : first + 4]
         batch: list[Arguments] = [
@@ -135,7 +135,7 @@ def test_one_batch_gives_numbers_images_and_errors_each_to_its_own_client(server
         check_error(replies[7], 400, "InvalidOption")
 
 
-def test_largest_image_gets_through(server: TorchServe, samples: list[Sample]) -> None:
+def test_largest_drawing_gets_through(server: TorchServe, samples: list[Sample]) -> None:
     headers = PNG | {"X-Saliency-Size": "1024", "X-Saliency-Layout": "side_by_side"}
     check_image(
         ask(server, explain(data=samples[5].png, headers=headers)), samples[5], None, Style(size=1024, layout=Layout.SIDE_BY_SIDE)

@@ -1,8 +1,8 @@
-"""Faults, on purpose, in a real server under load.
+"""Faults injected into a real server under load.
 
-Clients ask for known images all the while. Each of their requests must end in a right answer or in a clear error: a status with
-JSON, or a connection that breaks. None may be wrong, and none may stay without an end. Every test prints its counts and how long
-it took until right answers came again: `pytest tests/e2e/test_faults.py -s`.
+Clients send known images all the time. Each request must end in the right answer or in a clear error: a status with JSON, or a
+broken connection. A wrong answer or a request that never ends is a failure. Every test prints its counts and the time to
+recovery: `pytest tests/e2e/test_faults.py -s`.
 """
 
 import base64
@@ -35,8 +35,8 @@ import requests
 from scripts.packaging.package import read_archive
 from scripts.paths import SERVE_CONFIG
 from scripts.serving.launcher import Ports, ServeError, Settings, TorchServe
-from tests.e2e.conftest import TIMEOUT_S, Sample, workers_of
-from tests.e2e.test_serve import processes_with, read_until, serving
+from tests.client import TIMEOUT_S, Sample
+from tests.servers import RECOVERY_S, processes_with, read_until, serving, wait_for, wait_for_workers, workers_of
 
 CLIENTS = 6
 BAD_CLIENTS = 6
@@ -44,7 +44,6 @@ BATCH_SIZE = 4
 QUEUE_SIZE = 20
 RESPONSE_TIMEOUT_S = 6  # long enough for a slow machine, as right workers must keep to it too
 SILENCE_S = 120  # a client that waited for so long would be one that was forgotten
-RECOVERY_S = 120
 TOLERANCE = 5e-4
 
 RIGHT, REFUSED, BROKEN, SILENT, WRONG = "right", "error reply", "connection broken", "no end", "WRONG"
@@ -52,7 +51,7 @@ RIGHT, REFUSED, BROKEN, SILENT, WRONG = "right", "error reply", "connection brok
 
 @dataclass
 class Load:
-    """Clients that send known images over and over, each waiting for its answer. A context manager.
+    """Clients that send known images in a loop, each waiting for its answer. A context manager.
 
     Attributes:
         address: of the inference API.
@@ -65,6 +64,7 @@ class Load:
     samples: Sequence[Sample]
     ends: list[tuple[float, str, str]] = field(default_factory=list)
     sent: int = 0
+    _asked: dict[int, int] = field(default_factory=dict)  # by client: how many requests had ended when it sent its last one
     _stopped: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _threads: list[threading.Thread] = field(default_factory=list)
@@ -82,15 +82,19 @@ class Load:
             thread.join()
 
     def wait_for_right(self, count: int, since: float = 0.0) -> float:
-        """Wait for so many right answers that came after an instant; the seconds from it to the first."""
+        """Wait for so many right answers after an instant. Returns the seconds from it to the first."""
         deadline = time.monotonic() + RECOVERY_S
         while len(found := [end for end, outcome, _ in list(self.ends) if outcome == RIGHT and end > since]) < count:
             assert time.monotonic() < deadline, f"no right answers: {self.ends[-5:]}"
             time.sleep(0.02)
         return found[0] - since
 
+    def wait_for_held_up(self) -> None:
+        """Wait until a request has no answer while many later ones have theirs."""
+        wait_for(lambda: any(len(self.ends) - ended > 8 * CLIENTS for ended in list(self._asked.values())), "request held up")
+
     def report(self, fault: str, since: float, **measured: float) -> Counter[str]:
-        """Print and check the counts of all clients, which must have ended. Returns them."""
+        """Print, check and return the counts of all clients, which must have ended."""
         counts = Counter(outcome for _, outcome, _ in self.ends)
         right_s = [since, *(end for end, outcome, _ in self.ends if outcome == RIGHT and end > since)]
         measured = {"longest_without_right_s": max(np.diff(right_s), default=0.0), **measured}
@@ -109,6 +113,7 @@ class Load:
             while not self._stopped.is_set():
                 with self._lock:
                     self.sent += 1
+                self._asked[number] = len(self.ends)
                 outcome, details = ask(session, self.address, self.samples[turn % len(self.samples)], explain=turn % 3 > 0)
                 self.ends.append((time.monotonic(), outcome, details))
                 turn += CLIENTS + 1
@@ -117,7 +122,7 @@ class Load:
 
 
 def ask(session: requests.Session, address: str, sample: Sample, *, explain: bool = True) -> tuple[str, str]:
-    """Send one image: what came of it, and details where it was not right."""
+    """Send one image. Returns the outcome, and details if it was not right."""
     route = "explanations" if explain else "predictions"
     try:
         headers = {"X-Saliency-Encoding": "base64"}
@@ -149,21 +154,9 @@ def wrong_in(content: dict[str, Any], sample: Sample, *, explain: bool) -> str:
     return ""
 
 
-def wait_for_workers(server: TorchServe, other_than: set[int]) -> None:
-    """Wait until as many workers as before are ready, none of them one of these."""
-    deadline = time.monotonic() + RECOVERY_S
-    while True:
-        described = requests.get(f"{server.management_address}/models/digits", timeout=TIMEOUT_S).json()[0]["workers"]
-        ready = {worker["pid"] for worker in described if worker["status"] == "READY"}
-        if len(ready) == server.worker_count and not ready & other_than:
-            return
-        assert time.monotonic() < deadline, described
-        time.sleep(0.2)
-
-
 @pytest.fixture(scope="module")
 def two_workers(archive: Path, device: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServe]:
-    """Two workers, so that one can be hurt; short time limits and a short queue."""
+    """A server with two workers, so that one can fail, with short time limits and a short queue."""
     folder = tmp_path_factory.mktemp("faults")
     configuration = (SERVE_CONFIG / "config.properties").read_text()
     (folder / "config.properties").write_text(re.sub(r"job_queue_size=\d+", f"job_queue_size={QUEUE_SIZE}", configuration))
@@ -186,7 +179,7 @@ def test_killed_worker_costs_its_own_batch_alone(two_workers: TorchServe, sample
     with Load(two_workers.address, samples) as load:
         victim = workers_of(two_workers)[0]
         victim.suspend()
-        time.sleep(0.5)  # now a batch lies in it, unanswered
+        load.wait_for_held_up()  # now a batch lies in it, unanswered
         started = time.monotonic()
         victim.kill()
         load.wait_for_right(1, since=started)
@@ -230,10 +223,7 @@ def test_overfull_queue_refuses_what_is_too_much_at_once_and_answers_the_rest(
         for worker in workers:
             worker.suspend()
         sending = [pool.submit(send, number) for number in range(load.sent)]
-        deadline = time.monotonic() + RECOVERY_S
-        while len(load.ends) < too_many:
-            assert time.monotonic() < deadline, load.ends
-            time.sleep(0.02)
+        wait_for(lambda: len(load.ends) >= too_many, f"{too_many} refusals")
         started = time.monotonic()
         for worker in workers:
             worker.resume()
@@ -259,25 +249,25 @@ def connected(server: TorchServe) -> Iterator[socket.socket]:
         yield client
 
 
-def vanish_in_the_body(server: TorchServe, sample: Sample) -> None:
+def vanish_in_the_body(server: TorchServe, sample: Sample, _hold: Callable[[], None]) -> None:
     with connected(server) as client:
         client.sendall(http_request(sample.png)[:-50])
 
 
-def vanish_before_the_answer(server: TorchServe, sample: Sample) -> None:
+def vanish_before_the_answer(server: TorchServe, sample: Sample, _hold: Callable[[], None]) -> None:
     with connected(server) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close sends a reset
         client.sendall(http_request(sample.png))
 
 
-def never_send(server: TorchServe, sample: Sample) -> None:
+def never_send(server: TorchServe, sample: Sample, hold: Callable[[], None]) -> None:
     with connected(server) as client:
         client.sendall(http_request(sample.png)[:20])
-        time.sleep(3)
+        hold()
 
 
-def send_slowly(server: TorchServe, sample: Sample) -> None:
-    """Two seconds for one small request, which is answered all the same."""
+def send_slowly(server: TorchServe, sample: Sample, _hold: Callable[[], None]) -> None:
+    """Take two seconds to send one small request; it is answered all the same."""
     request = http_request(sample.png, "Connection: close\r\nX-Saliency-Encoding: base64\r\n")
     step = len(request) // 40 + 1
     with connected(server) as client:
@@ -289,27 +279,34 @@ def send_slowly(server: TorchServe, sample: Sample) -> None:
         assert wrong_in(json.loads(reply.read()), sample, explain=True) == ""
 
 
-def never_read(server: TorchServe, sample: Sample) -> None:
-    """The reply has 2.4 MB, more than the sockets' buffers hold."""
+def never_read(server: TorchServe, sample: Sample, hold: Callable[[], None]) -> None:
+    """Read one byte of a reply of 2.4 MB, which is more than the sockets' buffers hold."""
     content = io.BytesIO()
     np.save(content, np.stack([sample.levels] * 768))
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(TIMEOUT_S)
         client.connect(("127.0.0.1", server.settings.ports.inference))
         client.sendall(http_request(content.getvalue(), "Accept: application/x-npy\r\n"))
-        time.sleep(5)
+        assert client.recv(1) == b"H"
+        hold()
 
 
 @pytest.mark.parametrize(
     "misbehave", [vanish_in_the_body, vanish_before_the_answer, never_send, send_slowly, never_read], ids=lambda f: f.__name__
 )
 def test_bad_client_costs_no_other_client_anything(
-    two_workers: TorchServe, samples: list[Sample], misbehave: Callable[[TorchServe, Sample], None]
+    two_workers: TorchServe, samples: list[Sample], misbehave: Callable[[TorchServe, Sample, Callable[[], None]], None]
 ) -> None:
+    """Clients that hold a connection open do so until the others have many answers."""
     before = {worker.pid for worker in workers_of(two_workers)}
     with Load(two_workers.address, samples) as load, ThreadPoolExecutor(BAD_CLIENTS) as pool:
         started = time.monotonic()
-        for bad in [pool.submit(misbehave, two_workers, samples[number % len(samples)]) for number in range(BAD_CLIENTS)]:
+
+        def hold() -> None:
+            load.wait_for_right(50 * CLIENTS, since=time.monotonic())
+
+        for bad in [pool.submit(misbehave, two_workers, samples[number % len(samples)], hold) for number in range(BAD_CLIENTS)]:
             bad.result()
         load.wait_for_right(2 * CLIENTS, since=time.monotonic())
     counts = load.report(f"{BAD_CLIENTS} clients that {misbehave.__name__.replace('_', ' ')}", started)
@@ -355,10 +352,7 @@ def test_full_disk_under_the_logs_costs_logs_alone(archive: Path, device: str, t
             wait_for_workers(server, other_than={victim.pid})
             load.wait_for_right(2 * CLIENTS, since=time.monotonic())
             filler.unlink()
-            deadline = time.monotonic() + RECOVERY_S
-            while access_log.read_text().count("\n") <= lines:
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
+            wait_for(lambda: access_log.read_text().count("\n") > lines, "more lines in the log")
     counts = load.report("disk full", started)
     assert counts[REFUSED] <= 32
 
@@ -374,6 +368,7 @@ def test_server_whose_every_log_line_fails_answers(archive: Path, device: str, t
         device=device,
         log_dir=tmp_path / "logs",
         log_configuration=tmp_path / "log4j2.xml",
+        model_config={"minWorkers": 1, "maxWorkers": 1},
     )
     with TorchServe(settings) as server, Load(server.address, samples) as load:
         started = time.monotonic()
@@ -398,7 +393,7 @@ def cut_off(archive: Path, broken: Path) -> None:
 
 
 def change_weights(archive: Path, broken: Path) -> None:
-    """The zip is in order, the list of checksums is the old one."""
+    """Keep the zip valid and the old list of checksums."""
     entries = read_archive(archive)
     weights = bytearray(entries["weights.safetensors"])
     weights[-2] ^= 1
@@ -463,30 +458,20 @@ def test_second_start_on_the_same_ports_is_refused_and_costs_the_first_nothing(
 # --- ending
 
 
-@pytest.fixture
-def temp_dir() -> Iterator[Path]:
-    """A short path: Unix sockets lie in it."""
-    folder = Path("/tmp") / f"f{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
-
-
 def wait_for_queue(management_address: str, count: int) -> None:
     """Wait until so many requests wait for a worker."""
-    deadline = time.monotonic() + RECOVERY_S
-    while True:
-        status = requests.get(f"{management_address}/models/digits", timeout=TIMEOUT_S).json()[0]["jobQueueStatus"]
-        if status["pendingRequests"] == count:
-            return
-        assert time.monotonic() < deadline, status
-        time.sleep(0.05)
+
+    def pending() -> int:
+        described = requests.get(f"{management_address}/models/digits", timeout=TIMEOUT_S).json()[0]
+        return int(described["jobQueueStatus"]["pendingRequests"])
+
+    wait_for(lambda: pending() == count, f"{count} requests in the queue")
 
 
 def test_requests_in_flight_are_answered_before_the_end(
     archive: Path, tmp_path: Path, temp_dir: Path, samples: list[Sample]
 ) -> None:
-    """Two are in the workers, the others wait: TorchServe alone drops them all."""
+    """Two requests are in the workers, the others wait. TorchServe alone would drop them all."""
     pixels = np.stack([sample.levels for sample in samples] * 20)  # (340, 28, 28)
     maps = np.stack([sample.jacobian[sample.predicted] for sample in samples] * 20)
     content = io.BytesIO()

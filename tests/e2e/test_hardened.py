@@ -1,4 +1,4 @@
-"""A hardened server as an operator starts it: by a user who can do no more than serve, with a certificate made here."""
+"""A hardened server as an operator starts it: with least privileges, and a certificate made here."""
 
 import base64
 import contextlib
@@ -32,7 +32,8 @@ from scripts.paths import ROOT, SAMPLE_FILES
 from scripts.serving import explain
 from scripts.serving.credentials import authorization, read_token
 from scripts.serving.launcher import Ports
-from tests.e2e.conftest import TIMEOUT_S
+from tests.client import TIMEOUT_S
+from tests.servers import wait_for
 from tests.tls import make_certificate
 
 START_TIMEOUT_S = 240
@@ -51,7 +52,7 @@ UNPRIVILEGED = [
 
 @dataclass(frozen=True)
 class Hardened:
-    """A hardened server, and what its operator knows of it."""
+    """A hardened server, with all that its operator knows."""
 
     folder: Path  # all that it writes is in here
     ports: Ports
@@ -88,7 +89,7 @@ class Hardened:
 
 
 def find_unprivileged() -> list[str]:
-    """How to run this interpreter such that it may do nothing but read; nothing where it already runs so, or cannot be."""
+    """Find the prefix that runs this interpreter without privileges; [] if it has none already, or cannot be run so."""
     if os.geteuid() != 0 or shutil.which("setpriv") is None:
         return []
     for prefix in UNPRIVILEGED:
@@ -275,7 +276,7 @@ def test_no_model_can_be_registered_or_removed(hardened: Hardened, url: str) -> 
 
 
 def test_no_workflow_is_fetched(hardened: Hardened) -> None:
-    """TorchServe lets these be registered whatever enable_model_api says: only allowed_urls stands in between."""
+    """TorchServe lets workflows be registered whatever enable_model_api says; only allowed_urls stops them."""
     (hardened.folder / "evil.war").write_bytes(PNG)
     with socket.create_server(("127.0.0.1", 0)) as elsewhere:
         elsewhere.settimeout(1)
@@ -330,7 +331,7 @@ def test_tokens_are_in_their_file_alone(hardened: Hardened) -> None:
 
 
 class Secrets:
-    """Marks that no file may show, each with what it was sent as."""
+    """Marks that must not appear in any file, each with the role in which it was sent."""
 
     def __init__(self) -> None:
         self.sent_as: dict[str, str] = {}
@@ -342,7 +343,7 @@ class Secrets:
 
 
 def find_in_files(folder: Path, marks: list[str]) -> set[tuple[str, Path]]:
-    """Which marks stand in which files: as they are, as hex, or as base64, in any letter case."""
+    """Find marks in files: as they are, as hex, or as base64, in any letter case."""
     forms = {
         form.lower(): mark
         for mark in marks
@@ -358,7 +359,7 @@ def find_in_files(folder: Path, marks: list[str]) -> set[tuple[str, Path]]:
 
 
 def send(address: tuple[str, int], head: str, body: bytes = b"", tls: ssl.SSLContext | None = None) -> bytes:
-    """Send a request as it stands, however wrong. Returns the first line of the reply, nothing where there was none."""
+    """Send a request as it is, however malformed. Returns the first line of the reply, b"" if there was none."""
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(socket.create_connection(address, TIMEOUT_S))
         if tls is not None:
@@ -484,7 +485,7 @@ def test_nothing_that_a_client_sends_is_in_any_file(hardened: Hardened, wait_for
 
 @pytest.fixture
 def wait_for_log(hardened: Hardened) -> Callable[[], None]:
-    """Wait until a request of now is logged, and with it all before: by the frontend, and by the worker."""
+    """Wait until frontend and worker have logged a new request, and with it all earlier ones."""
 
     def line_count() -> tuple[int, int]:
         access = (hardened.folder / "logs" / "access_log.log").read_text().count('"PUT /explanations')
@@ -493,16 +494,13 @@ def wait_for_log(hardened: Hardened) -> Callable[[], None]:
     def wait() -> None:
         before = line_count()
         assert hardened.ask("/explanations/digits").status_code == 200
-        deadline = time.monotonic() + TIMEOUT_S
-        while any(now <= then for now, then in zip(line_count(), before, strict=True)):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(lambda: all(now > then for now, then in zip(line_count(), before, strict=True)), "line in both logs")
 
     return wait
 
 
 def test_the_search_finds_what_a_file_shows(tmp_path: Path) -> None:
-    """Else the test above could not fail."""
+    """A search that finds nothing would make the test above pass always."""
     secret = Secrets()
     marks = [secret(name) for name in ("plain", "hex", "base64", "kept")]
     (tmp_path / "logs").mkdir()

@@ -38,9 +38,7 @@ from handler.render.drawing import Row, Style, draw
 from scripts.bench.load import build_call, run_open
 from scripts.paths import ROOT, SAMPLE_FILES
 from scripts.serving.launcher import TorchServe
-from tests.e2e.conftest import BATCH_SIZE
-from tests.e2e.test_api import Arguments, ask, ask_at_once, explain, predict
-from tests.e2e.test_protocols import V1_PREDICT, V2_INFER, npy
+from tests.client import BATCH_SIZE, V1_PREDICT, V2_INFER, Arguments, ask, ask_at_once, explain, npy, predict
 from tests.hostile import png_chunk
 
 TIMEOUT_S = 120
@@ -85,7 +83,7 @@ def _named(headers: dict[str, str]) -> dict[str, str]:
 
 
 def chunks(beyond: int) -> bytes:
-    """A PNG with as many empty chunks as are just accepted, and so many more."""
+    """A PNG with the largest accepted number of empty chunks, and so many more."""
 
     def with_chunks(count: int) -> bytes:
         return IMAGE[:-PNG_ENDING] + png_chunk(b"abCd", b"") * count + IMAGE[-PNG_ENDING:]
@@ -104,13 +102,13 @@ def progressive(byte_count: int) -> bytes:
 
 
 def scans(count: int) -> bytes:
-    """A progressive JPEG with so many markers of scans, some behind its end: they are counted before anything is decoded."""
+    """A progressive JPEG with so many scan markers, some after its end: they are counted before anything is decoded."""
     content = digit_of(100, 100, "JPEG", progressive=True)
     return content + b"\xff\xda" * (count - content.count(b"\xff\xda"))
 
 
 def tagged(byte_count: int) -> bytes:
-    """A TIFF whose description has so many bytes, with the zero that ends it."""
+    """A TIFF whose description has so many bytes, including the final zero."""
     return digit_of(100, 100, "TIFF", description="a" * (byte_count - 1))
 
 
@@ -315,7 +313,7 @@ def test_limit_is_accepted_and_more_is_refused(server: TorchServe, worker_pids: 
 
 
 def test_replies_that_one_batch_cannot_hold_are_refused(server: TorchServe, worker_pids: Callable[[], list[int]]) -> None:
-    """A large reply is sent; of many that share a batch not all are, and a small neighbour is."""
+    """One large reply is sent. Of many in a batch some are refused, and a small neighbour is answered."""
     workers = worker_pids()
     _, limit, beyond = row_of("replies of one batch")
     assert (limit, "503 `Overloaded`" in beyond, MAX_BATCH_BYTES) == ("32 MiB", True, 32 * 1024 * 1024)
@@ -340,7 +338,7 @@ def test_replies_that_one_batch_cannot_hold_are_refused(server: TorchServe, work
 
 @pytest.mark.parametrize("name", ["model-config.yaml", "model-config-gpu.yaml"])
 def test_worker_has_time_for_the_last_request_of_a_batch(name: str) -> None:
-    """The last one starts within MAX_BATCH_SECONDS, and takes a CPU up to three seconds: a slow machine has ten times that."""
+    """The last request starts within MAX_BATCH_SECONDS and takes a CPU up to three seconds; a slow machine has ten times that."""
     config = yaml.safe_load((ROOT / "serve_config" / name).read_text())
     assert config["responseTimeout"] >= MAX_BATCH_SECONDS + 40
     assert row_of("time of one batch")[1].startswith(f"{MAX_BATCH_SECONDS} s of work;")
@@ -361,7 +359,7 @@ SLOWEST = {
 def test_batches_of_the_slowest_requests_are_answered_in_time(
     server: TorchServe, worker_pids: Callable[[], list[int]], name: str
 ) -> None:
-    """TorchServe ends a worker whose batch takes longer than responseTimeout: all of the batch would get no answer."""
+    """TorchServe ends a worker whose batch takes longer than responseTimeout; the whole batch would get no answer."""
     workers = worker_pids()
     slow = SLOWEST[name]() | {"timeout": TIMEOUT_S}
     replies = ask_at_once(server, [slow] * (BATCH_SIZE - 1) + [one() | {"timeout": TIMEOUT_S}])
@@ -374,7 +372,7 @@ def test_batches_of_the_slowest_requests_are_answered_in_time(
 def test_requests_that_may_wait_are_answered_and_more_are_refused_at_once(
     server: TorchServe, worker_pids: Callable[[], list[int]]
 ) -> None:
-    """While the worker is busy with a batch of slow requests."""
+    """The worker is busy with a batch of slow requests meanwhile."""
     workers = worker_pids()
     assert row_of("requests waiting for a worker")[1:] == (f"{MAX_WAITING}", "503 from the frontend")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -383,7 +381,7 @@ def test_requests_that_may_wait_are_answered_and_more_are_refused_at_once(
     slow = SLOWEST["gradients"]() | {"timeout": TIMEOUT_S}
 
     def statuses_of(count: int) -> list[int]:
-        """Of so many requests at once, behind some slow ones."""
+        """Send so many requests at once, behind some slow ones."""
         busy = Thread(target=ask_at_once, args=(server, [slow] * (BATCH_SIZE // 2)))
         busy.start()
         samples = run_open(

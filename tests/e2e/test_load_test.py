@@ -11,6 +11,7 @@ from scripts.serving.launcher import TorchServe
 MIX = ",".join(f"{name}=1" for name in load_test.KINDS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("loop", [["--connections", "8"], ["--rates", "40"]], ids=["closed", "open"])
 def test_every_kind_of_request_gets_replies_of_the_right_form(server: TorchServe, loop: list[str], tmp_path: Path) -> None:
     arguments = ["--url", server.address, *loop, "--mix", MIX, "--duration", "1.5", "--warm-up", "0.2", "--timeout", "30"]

@@ -1,4 +1,4 @@
-"""A digit found in a photograph, by the map that a real server gives."""
+"""Localisation of a digit in a photograph by the saliency map of a real server."""
 
 import re
 from pathlib import Path

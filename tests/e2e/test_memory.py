@@ -11,7 +11,8 @@ import requests
 
 from handler.runtime.malloc import IDLE_S
 from scripts.serving.launcher import Ports, Settings, TorchServe
-from tests.e2e.conftest import TIMEOUT_S, workers_of
+from tests.client import TIMEOUT_S
+from tests.servers import workers_of
 
 MIB = 2**20
 IMAGES = 1024  # as many as a request may have

@@ -1,6 +1,6 @@
-"""The methods through a real TorchServe: every one in one batch, in every protocol and format, and what is refused.
+"""The methods through a real TorchServe: all in one batch, in every protocol and format, and their refusals.
 
-Numbers are compared with those that the same functions give in this process, from the same weights, in float64.
+Numbers are compared with those of the same functions in this process, from the same weights, in float64.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,19 @@ from handler.gradients.methods import (
 )
 from model.network import MNIST_MEAN
 from scripts.serving.launcher import TorchServe
-from tests.e2e.conftest import BATCH_SIZE, TIMEOUT_S, Sample
-from tests.e2e.test_api import Arguments, ask, ask_at_once, base64_of, check_error, check_prediction, explain, predict
+from tests.client import (
+    BATCH_SIZE,
+    TIMEOUT_S,
+    Arguments,
+    Sample,
+    ask,
+    ask_at_once,
+    base64_of,
+    check_error,
+    check_prediction,
+    explain,
+    predict,
+)
 
 MEAN = np.full((1, 1, 1), MNIST_MEAN, np.float32)
 METHODS: list[Method] = [
@@ -78,7 +89,7 @@ def reference(network: nn.Module) -> Reference:
 
 
 def options_of(method: Method) -> dict[str, Any]:
-    """What a client sends for a method."""
+    """Options that a client sends for a method."""
     return {"method": method.name, **method.values}
 
 
@@ -107,7 +118,7 @@ def test_all_methods_and_predictions_share_a_batch(
     batch_count: Callable[[], int],
     worker_pids: Callable[[], list[int]],
 ) -> None:
-    """Seven methods and a prediction at once, each of another image and class, until they have shared one batch."""
+    """Ask for seven methods and a prediction at once, each of another image and class, until they share a batch."""
     workers = worker_pids()
     assert len(METHODS) == BATCH_SIZE - 1
     targets = [None, 3, 9, None, 0, None, 5]
@@ -143,7 +154,7 @@ def test_method_and_parameters_as_headers_and_as_form(
 def test_gap_is_by_how_much_the_map_misses_the_difference_of_scores(
     server: TorchServe, samples: list[Sample], reference: Reference
 ) -> None:
-    """Of the numbers in the reply itself, for several targets."""
+    """Computed from the numbers of the reply itself, for several targets."""
     targets = [2, samples[0].predicted]
     for baseline, level in ((Baseline.ZERO, 0.0), (Baseline.MEAN, MNIST_MEAN)):
         options = options_of(IntegratedGradients(15, baseline))
@@ -247,7 +258,7 @@ def test_npy_of_several_methods_names_each(server: TorchServe, samples: list[Sam
 
 
 def test_maps_in_the_pixels_of_the_clients_image(server: TorchServe, samples: list[Sample]) -> None:
-    """Enlarged and inverted, so that preparation has something to do; the gradient there is tested elsewhere."""
+    """The image is enlarged and inverted, so that it has to be prepared. Other tests check the gradient there."""
     content = BytesIO()
     sent = Image.fromarray(255 - samples[3].levels).resize((84, 84), Image.Resampling.BICUBIC)
     sent.save(content, format="PNG")
@@ -274,17 +285,17 @@ def test_maps_in_the_pixels_of_the_clients_image(server: TorchServe, samples: li
 @pytest.mark.parametrize(
     ("options", "status", "kind", "message"),
     [
-        ({"method": "lime"}, 400, "InvalidOption", "accepted: gradient, loss_gradient, gradient_x_input, smoothgrad"),
-        ({"samples": 5}, 400, "InvalidOption", "got 'samples' with 'method' gradient, which takes no parameters"),
+        ({"method": "lime"}, 400, "InvalidOption", "expected one of gradient, loss_gradient, gradient_x_input, smoothgrad"),
+        ({"samples": 5}, 400, "InvalidOption", "expected 'method' smoothgrad with 'samples', got gradient, which takes no parameters"),
         ({"method": "smoothgrad", "steps": 5}, 400, "InvalidOption", "which takes samples, noise, seed, aggregate"),
-        ({"method": "smoothgrad", "samples": 501}, 400, "InvalidOption", "an integer from 1 to 500 is accepted"),
-        ({"method": "integrated_gradients", "baseline": "blur"}, 400, "InvalidOption", "accepted: zero, mean"),
+        ({"method": "smoothgrad", "samples": 501}, 400, "InvalidOption", "expected an integer from 1 to 500"),
+        ({"method": "integrated_gradients", "baseline": "blur"}, 400, "InvalidOption", "expected one of zero, mean"),
         ({"method": "integrated_gradients", "space": "image"}, 400, "InvalidOption", "have no meaning there"),
         (
             {"method": "smoothgrad", "samples": 410, "target": "all"},
             413,
             "RequestTooLarge",
-            "got 1 images whose maps take 4,100 gradients in all",
+            "got 1 images whose maps take 4,100",
         ),
     ],
     ids=str,

@@ -1,4 +1,4 @@
-"""Metrics, alerts, dashboard, correlation ids and JSON logs: on a real TorchServe and, where it is there, a real Prometheus."""
+"""Metrics, alerts, dashboard, correlation ids and JSON logs: with a real TorchServe and, if installed, a real Prometheus."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ import pytest
 import requests
 import yaml
 
+from handler.runtime.metrics import INTERVAL_S
 from scripts.paths import ROOT, SAMPLE_FILES, SERVE_CONFIG
 from scripts.serving.launcher import Ports, Settings, TorchServe
-from tests.e2e.conftest import TIMEOUT_S, workers_of
+from tests.client import TIMEOUT_S
+from tests.servers import wait_for, workers_of
 
 IMAGE = SAMPLE_FILES[36].read_bytes()
 PROMETHEUS_FOLDER = SERVE_CONFIG / "prometheus"
@@ -51,26 +53,19 @@ def scrape(server: TorchServe) -> Counts:
 
 
 def settled(server: TorchServe) -> Counts:
-    """The counts, once all that happened is in them."""
+    """Read the counts once they are complete: unchanged for twice the time that a worker keeps them back."""
     deadline = time.monotonic() + WAIT_S
-    before: Counts = {}
-    after = ours(scrape(server))
-    while before != after:
+    counts, since = ours(scrape(server)), time.monotonic()
+    while time.monotonic() < since + 2 * INTERVAL_S:
         assert time.monotonic() < deadline, "the counts never came to rest"
-        time.sleep(2.5)
-        before, after = after, ours(scrape(server))
-    return after
+        time.sleep(0.1)
+        if (now := ours(scrape(server))) != counts:
+            counts, since = now, time.monotonic()
+    return counts
 
 
 def ours(counts: Counts) -> Counts:
     return {name: value for name, value in counts.items() if name.startswith("saliency_")}
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what}"
-        time.sleep(0.25)
 
 
 def log_of(server: TorchServe) -> str:
@@ -142,7 +137,8 @@ def test_correlation_id_is_in_the_reply_and_once_in_the_log(
     ["a" * 65, "two words", "[METRICS]saliency_worker_starts_total.Count:9", "id\tstatus=200", "id%0aforged", "caf\u00e9"],
 )
 def test_id_that_could_be_misread_is_neither_answered_nor_logged(server: TorchServe, hostile: str) -> None:
-    before = settled(server)
+    starts = 'saliency_worker_starts_total{model_name="digits"}'
+    before = scrape(server)[starts]
     headers: dict[str, str | bytes] = {
         "X-Correlation-Id": hostile.encode("latin-1"),
         "Authorization": "Bearer seeing-secret",
@@ -153,8 +149,7 @@ def test_id_that_could_be_misread_is_neither_answered_nor_logged(server: TorchSe
     wait_for(lambda: f"correlation_id=seen-after request_id={reply.headers['X-Request-Id']}" in log_of(server), "line in the log")
     assert hostile not in log_of(server)
     assert "seeing-secret" not in log_of(server)
-    starts = 'saliency_worker_starts_total{model_name="digits"}'
-    assert scrape(server)[starts] == before[starts]
+    assert scrape(server)[starts] == before
 
 
 def test_request_without_an_id_has_no_line_and_no_header(server: TorchServe) -> None:
@@ -186,7 +181,7 @@ def json_server(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @contextlib.contextmanager
 def traffic(server: TorchServe) -> Iterator[None]:
-    """Requests of all kinds and outcomes, one after the other, in the background."""
+    """Send requests of all kinds and outcomes in the background, one after another."""
     routes = [f"{server.address}/{route}/digits" for route in ("explanations", "predictions")]
     ended = threading.Event()
 
@@ -212,7 +207,7 @@ def traffic(server: TorchServe) -> Iterator[None]:
 
 @contextlib.contextmanager
 def prometheus_of(server: TorchServe, folder: Path) -> Iterator[str]:
-    """A Prometheus with this project's configuration, but for the port, and in a hurry. Its address."""
+    """Run a Prometheus with this project's configuration, on another port and with short intervals. Yields its address."""
     configuration = yaml.safe_load((PROMETHEUS_FOLDER / "prometheus.yml").read_text())
     assert configuration["scrape_configs"][0]["static_configs"] == [{"targets": ["127.0.0.1:8082"]}]
     configuration["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{server.settings.ports.metrics}"]}]
@@ -236,7 +231,7 @@ def prometheus_of(server: TorchServe, folder: Path) -> Iterator[str]:
 
 
 def ask(prometheus: str, query: str) -> list[float]:
-    """The values of an instant query, without those that are no numbers."""
+    """Values of an instant query, without NaN."""
     reply = requests.get(f"{prometheus}/query", params={"query": query}, timeout=TIMEOUT_S)
     assert reply.ok, f"{query}: {reply.text}"
     values = [float(one["value"][1]) for one in reply.json()["data"]["result"]]
@@ -244,13 +239,13 @@ def ask(prometheus: str, query: str) -> list[float]:
 
 
 def measured_by(expression: str) -> list[str]:
-    """The parts of an alert's condition, such that each has a value whether it is met or not."""
+    """Split an alert's condition into parts that have a value whether they are met or not."""
     parts = re.split(r"\b(?:and|unless)\b(?: on \([^)]*\))?", expression)
     return [re.sub(r"(==|[<>]) ", r"\1 bool ", part).replace("offset 10m", "").strip() for part in parts]
 
 
 def queries() -> Iterator[tuple[str, str]]:
-    """Every query of dashboard and rules, with what it is for."""
+    """Every query of dashboard and rules, each with the name of its panel or rule."""
     for panel in DASHBOARD["panels"]:
         for target in panel["targets"]:
             expression = target["expr"].replace("$__rate_interval", "20s").replace("$job", "saliency").replace("$model", "digits")
@@ -267,7 +262,7 @@ def rules_of(prometheus: str) -> list[dict[str, Any]]:
 
 
 def label_values(prometheus: str, query: str) -> list[str]:
-    """What Grafana asks for a variable `label_values(SERIES, LABEL)`."""
+    """Ask as Grafana does for a variable `label_values(SERIES, LABEL)`."""
     found = re.fullmatch(r"label_values\((.*), (\w+)\)", query)
     assert found is not None
     series = found[1].replace("$job", "saliency")
@@ -301,7 +296,8 @@ def test_every_query_of_dashboard_and_alerts_has_an_answer(json_server: TorchSer
         variables = [one["query"] for one in DASHBOARD["templating"]["list"] if one["type"] == "query"]
         assert [label_values(prometheus, query) for query in variables] == [["saliency"], ["digits"]]
         # And Prometheus has what the server says, where nothing changes any more.
-        assert ask(prometheus, 'saliency_worker_starts_total{model_name="digits"}') == [1]
+        starts = 'saliency_worker_starts_total{model_name="digits"}'
+        assert ask(prometheus, starts) == [scrape(json_server)[starts]]
         (ratio,) = ask(prometheus, "saliency:server_errors:ratio5m")
         assert ratio > 0
 
@@ -328,7 +324,7 @@ def test_every_alert_is_tested_where_it_fires() -> None:
 
 
 def test_queries_name_only_what_is_declared() -> None:
-    """Also where there is no Prometheus to run them."""
+    """This holds without a Prometheus too."""
     declared = yaml.safe_load((SERVE_CONFIG / "metrics.yaml").read_text())
     names = {one["name"] for section in declared.values() for kind in section.values() for one in kind}
     names |= {rule["record"] for rule in RULES if "record" in rule}
@@ -339,7 +335,7 @@ def test_queries_name_only_what_is_declared() -> None:
 
 
 def test_restarted_worker_is_counted_and_every_log_line_is_json(json_server: TorchServe) -> None:
-    """The death of a worker, and a failure of the frontend, bring lines of all loggers."""
+    """A killed worker and a failure of the frontend make all loggers write."""
     before = settled(json_server)
     assert (
         requests.post(f"{json_server.address}/predictions/digits", data=NAMELESS, headers=FORM, timeout=TIMEOUT_S).status_code
@@ -402,6 +398,7 @@ def test_machine_with_a_gpu_and_without_nvgpu_says_what_it_does(
     settings = Settings(archive=archive, ports=Ports.free(), device="cpu", log_dir=tmp_path / "logs", model_config=workers)
     with TorchServe(settings) as running:
         wait_for(lambda: any(name.startswith("CPUUtilization{") for name in scrape(running)), "figure of the processor")
+        assert scrape(running)['saliency_worker_starts_total{model_name="digits"}'] == 1
     log = (settings.log_dir / "ts_log.log").read_text()
     assert "Number of GPUs: 1" in log
     assert "Traceback" not in log

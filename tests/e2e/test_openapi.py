@@ -1,4 +1,4 @@
-"""The API's description against a real TorchServe: its examples, and requests of all kinds that schemathesis makes of it."""
+"""The API's description against a real TorchServe: its examples, and requests that schemathesis generates from it."""
 
 import re
 import subprocess
@@ -12,8 +12,7 @@ import requests
 
 from scripts.paths import ROOT
 from scripts.serving.launcher import TorchServe
-from tests.e2e.conftest import TIMEOUT_S, Sample
-from tests.e2e.test_api import ERRORS, Arguments, ask, explain
+from tests.client import ERRORS, TIMEOUT_S, Arguments, Sample, ask, explain
 from tests.openapi import DOCUMENT, DOCUMENT_FILE, ExampleRequest, example_requests, validate_reply
 
 SOMETIMES = ("X-Saliency-Completeness-Gap", "X-Correlation-Id")  # reply headers
@@ -24,7 +23,7 @@ RUN_TIMEOUT_S = 300
 
 @pytest.fixture(autouse=True)
 def same_workers(worker_pids: Callable[[], list[int]]) -> Iterator[None]:
-    """Nothing that is sent here may restart a worker."""
+    """Check that no request of this module restarts a worker."""
     before = worker_pids()
     yield
     assert worker_pids() == before
@@ -65,7 +64,7 @@ def test_refusal_of_a_large_body_is_as_described(server: TorchServe) -> None:
 
 
 def test_refusal_of_a_form_by_the_frontend_is_as_described(server: TorchServe) -> None:
-    """The one kind of request that tests/api_hooks.py leaves out. Should TorchServe answer it in another way, it need not."""
+    """The one kind of request that tests/api_hooks.py leaves out, as TorchServe answers it with 500."""
     form = b'--x\r\nContent-Disposition: form-data; name=""\r\n\r\n1\r\n--x--\r\n'
     reply = ask(server, explain(data=form, headers={"Content-Type": "multipart/form-data; boundary=x"}))
     assert reply.status_code == 500
@@ -82,8 +81,9 @@ def test_service_s_own_routes_are_as_described(server: TorchServe, path: str) ->
     validate_reply(path, "get", reply)
 
 
+@pytest.mark.long
 def test_requests_of_all_kinds_are_answered_as_described(server: TorchServe) -> None:
-    """Good and bad ones, the same on every run; schemathesis.toml says how they are made and what is checked."""
+    """Good and bad requests, the same on every run; schemathesis.toml says how they are made and what is checked."""
     command = [Path(sys.executable).with_name("schemathesis"), "run", DOCUMENT_FILE, "--url", server.address]
     command += ["--phases", "examples,fuzzing", "--max-examples", MAX_EXAMPLES, "--no-color"]
     run = subprocess.run(

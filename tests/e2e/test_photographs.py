@@ -16,8 +16,8 @@ from handler.images.digits import prepare_digit
 from model.photograph import SCENES, ink_of, photograph
 from scripts.paths import SAMPLE_FILES
 from scripts.serving.launcher import TorchServe
+from tests.client import TIMEOUT_S
 from tests.conftest import label_of
-from tests.e2e.conftest import TIMEOUT_S
 from tests.oracle import Oracle
 
 FILE = SAMPLE_FILES[25]
@@ -58,7 +58,7 @@ def test_photograph_is_read_and_its_preparation_reported(server: TorchServe, kin
 @pytest.mark.parametrize("kind", ["scan", "thumbnail", "phone", "inverted scan"])
 @pytest.mark.parametrize("encoding", ["nested", "base64"])
 def test_map_in_the_clients_pixels_is_the_chain_rule(server: TorchServe, archive: Any, kind: str, encoding: str) -> None:
-    """The canonical map of the same reply, carried back by the preparation, and the shape of the image as sent."""
+    """The map is the canonical one, carried back by the preparation, in the shape of the image as sent."""
     content = photo_of(kind, seed=3)
     grey = decode_image(content).grey
     headers = {"X-Saliency-Encoding": encoding, "X-Saliency-Target": "1,8"}
@@ -83,7 +83,7 @@ def test_map_of_a_canonical_image_is_the_same_in_both_spaces(server: TorchServe)
 
 
 def test_prepared_pixels_are_what_the_network_gets(server: TorchServe, archive: Any) -> None:
-    """The served logits are those of the image that `prepare` makes, by the independent network."""
+    """The served logits are the oracle's for the image that `prepare` makes."""
     from scripts.packaging.package import read_archive
 
     content = photo_of("grey paper", seed=4)
@@ -99,7 +99,7 @@ def test_map_of_too_many_pixels_is_refused_with_the_limit(server: TorchServe) ->
     image.save(content, format="PNG")
     reply = ask(server, content.getvalue(), **{"X-Saliency-Space": "image"})
     assert reply.status_code == 413
-    assert "have 1,920,000 numbers; up to 1,440,000 are accepted" in reply.json()["error"]["message"]
+    assert "expected maps of at most 1,440,000 numbers" in reply.json()["error"]["message"]
     drawn = ask(server, content.getvalue(), **{"X-Saliency-Space": "image", "Accept": "image/png"})
     assert drawn.status_code == 200
     with Image.open(BytesIO(drawn.content)) as drawing:
@@ -134,7 +134,7 @@ def test_numbers_are_prepared_only_on_request(server: TorchServe) -> None:
 
 
 def test_drawing_over_the_clients_own_image(server: TorchServe) -> None:
-    """Where there is no saliency the photograph shows as it is."""
+    """Without saliency the photograph shows unchanged."""
     content = photo_of("grey paper", seed=6)
     reply = ask(server, content, Accept="image/png", **{"X-Saliency-Space": "image", "X-Saliency-Size": "400"})
     assert reply.headers["content-type"] == "image/png"

@@ -1,6 +1,6 @@
 """Several images in one request, KServe's protocols, gRPC and the description, through a real TorchServe.
 
-As in test_api.py, answers are compared with an independent computation, and requests by all doors share batches.
+Answers are compared with an independent computation, and requests of all protocols share batches.
 """
 
 import base64
@@ -25,32 +25,29 @@ from handler.images.arrays import NUMPY_TYPES
 from handler.protocol.options import Encoding
 from scripts.packaging.package import read_archive
 from scripts.serving.launcher import TorchServe
-from tests.e2e.conftest import BATCH_SIZE, TIMEOUT_S, Sample
-from tests.e2e.test_api import (
+from tests.client import (
     ATOL,
+    BATCH_SIZE,
     JSON,
+    TIMEOUT_S,
+    V1_EXPLAIN,
+    V1_PREDICT,
+    V2_EXPLAIN,
+    V2_INFER,
     Arguments,
+    Sample,
     ask,
     ask_at_once,
     base64_of,
     check_explanation,
     check_prediction,
     explain,
+    npy,
     predict,
 )
 from tests.oracle import Oracle
 
-V1_PREDICT = "/v1/models/digits:predict"
-V1_EXPLAIN = "/v1/models/digits:explain"
-V2_INFER = "/v2/models/digits/infer"
-V2_EXPLAIN = "/v2/models/digits/explain"
 NPY = {"Accept": "application/x-npy"}
-
-
-def npy(array: NDArray[Any]) -> bytes:
-    file = BytesIO()
-    np.save(file, array)
-    return file.getvalue()
 
 
 def levels_of(samples: list[Sample]) -> NDArray[np.uint8]:
@@ -69,7 +66,7 @@ def v2_body(data: Any, shape: list[int], datatype: str = "BYTES", **more: Any) -
 
 
 def as_http(content: dict[str, Any]) -> requests.Response:
-    """A reply's JSON in the form that the checks take."""
+    """Wrap a reply's JSON in the form that the checks take."""
     reply = requests.Response()
     reply.status_code, reply.headers["content-type"] = 200, "application/json"
     reply._content = json.dumps(content).encode()
@@ -79,7 +76,7 @@ def as_http(content: dict[str, Any]) -> requests.Response:
 def check_list(
     reply: requests.Response, samples: list[Sample], explained: dict[int, int | list[int] | None] | None = None
 ) -> None:
-    """Check a reply with several predictions. `explained`: the asked target of each image that asked for a map."""
+    """Check a reply with several predictions. `explained`: the requested target of each image with an explanation."""
     assert reply.status_code == 200, reply.text
     content = reply.json()
     assert content.keys() == ({"predictions", "explanations"} if explained else {"predictions"})
@@ -204,7 +201,7 @@ def test_as_many_images_as_are_allowed_are_answered(server: TorchServe, samples:
 def test_batch_of_the_largest_requests_restarts_no_worker(
     server: TorchServe, samples: list[Sample], worker_pids: Callable[[], list[int]]
 ) -> None:
-    """Their replies together are more than TorchServe takes in time: some are refused, and small neighbours are not."""
+    """Their replies are more than TorchServe takes in time. Some are refused; a small neighbour is answered."""
     workers = worker_pids()
     chosen = [samples[index % len(samples)] for index in range(1024)]
     large = explain(data=npy(levels_of(chosen)))
@@ -326,7 +323,7 @@ def test_v2_npy_reply_is_one_array(server: TorchServe, samples: list[Sample]) ->
 
 
 def as_published(pixels: NDArray[Any]) -> str:
-    """An image as those requests hold it: base64 of a 28x28 grey PNG."""
+    """Encode an image as those requests do: base64 of a 28x28 grey PNG."""
     file = BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
@@ -354,7 +351,7 @@ def test_published_sample_requests_work_unchanged(server: TorchServe, samples: l
 
 
 def test_curls_default_type_is_told_what_to_do(server: TorchServe, samples: list[Sample]) -> None:
-    """The published commands say `curl -d @file`, with a header 'ContentType' that is none: TorchServe reads a form."""
+    """The published commands say `curl -d @file`, with a misspelt header 'ContentType': TorchServe reads a form."""
     headers = {"ContentType": "application/json", "Content-Type": "application/x-www-form-urlencoded"}
     reply = post(server, V2_INFER, data=json.dumps(v2_body([base64_of(samples[0])], [1])), headers=headers)
     check_bad_images(reply, 400, "EmptyRequest", [])
@@ -458,7 +455,7 @@ def test_bad_request_with_several_images_costs_its_neighbours_nothing(
     kind: str,
     indices: list[int],
 ) -> None:
-    """One bad request and seven good ones by all doors, sent at once, until they have shared one batch; right in every round."""
+    """Send one bad request and seven good ones of all protocols at once until they share a batch; every round is right."""
     workers = worker_pids()
     pair = samples[4:6]
     instances = {"instances": [{"data": base64_of(sample)} for sample in pair]}
@@ -489,7 +486,7 @@ def test_bad_request_with_several_images_costs_its_neighbours_nothing(
 
 
 def _declare_messages() -> tuple[type[message.Message], type[message.Message]]:
-    """The request and reply of org.pytorch.serve.grpc.inference, with the fields that are used here."""
+    """Declare request and reply of org.pytorch.serve.grpc.inference, with the fields used here."""
     text = descriptor_pb2.FieldDescriptorProto.TYPE_STRING
     raw = descriptor_pb2.FieldDescriptorProto.TYPE_BYTES
     file = descriptor_pb2.FileDescriptorProto(name="inference.proto", package="org.pytorch.serve.grpc.inference", syntax="proto3")
@@ -605,7 +602,7 @@ def test_management_api_describes_the_service(server: TorchServe, samples: list[
 # --- everything at once
 
 
-def test_storm_by_all_doors_gives_every_client_its_own_answer(
+def test_storm_by_all_protocols_gives_every_client_its_own_answer(
     server: TorchServe, samples: list[Sample], call: Call, batch_count: Callable[[], int], worker_pids: Callable[[], list[int]]
 ) -> None:
     random = np.random.default_rng(11)

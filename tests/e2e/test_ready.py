@@ -1,4 +1,4 @@
-"""The probe against a real server: it says ready where the answers are right, and only there."""
+"""The readiness probe against a real server: ready if the answers are right, and only then."""
 
 import time
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from scripts.packaging.package import build_archive, read_archive
 from scripts.paths import MODEL_CONFIG, MODEL_FILE
 from scripts.serving import ready
 from scripts.serving.launcher import TorchServe
-from tests.e2e.conftest import TIMEOUT_S
-from tests.e2e.test_faults import RECOVERY_S
+from tests.client import TIMEOUT_S
+from tests.servers import RECOVERY_S
 
 
 def probe(server: TorchServe, *options: str) -> int:

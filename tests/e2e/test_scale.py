@@ -1,4 +1,4 @@
-"""How cost grows, with a real server: the first points of each question, briefly."""
+"""The measurement of growing cost with a real server: the first points of each question, briefly."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from PIL import Image
 from scripts.bench import scale
 
 
+@pytest.mark.long
 def test_scale_measures_and_draws_every_question(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--rounds", "1", "--seconds", "0.3", "--workers", "1", "--archive", str(archive)]
     files = ["--output", str(tmp_path / "scale.json"), "--image", str(tmp_path / "scaling.png")]

@@ -1,4 +1,4 @@
-"""Starting and stopping: `python -m scripts.serving` and plain `torchserve`, as a person uses them."""
+"""Start and stop: `python -m scripts.serving` and plain `torchserve`, as a person uses them; and the client."""
 
 import contextlib
 import os
@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,74 +24,15 @@ from scripts.packaging.package import read_archive, write_archive
 from scripts.paths import ROOT, SAMPLE_FILES
 from scripts.serving import explain, launcher
 from scripts.serving.launcher import Ports, ServeError, Settings, TorchServe
-from tests.e2e.conftest import TIMEOUT_S, workers_of
-
-START_TIMEOUT_S = 120
-
-
-@contextlib.contextmanager
-def serving(
-    ports: Ports, log_dir: Path, *more: str, environment: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[str]]:
-    """`python -m scripts.serving` as its own process; killed at the end where the test did not end it."""
-    options = [f"--{name.replace('_', '-')}-port={getattr(ports, name)}" for name in Ports.__dataclass_fields__]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.serving", *options, f"--log-dir={log_dir}", "--device=cpu", *more],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait(timeout=60)
-        assert process.stdout is not None
-        process.stdout.close()
-
-
-def read_until(process: subprocess.Popen[str], pattern: str) -> str:
-    """Everything printed up to the first line that matches."""
-    assert process.stdout is not None
-    printed = ""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    for line in process.stdout:
-        printed += line
-        if re.search(pattern, line):
-            return printed
-        assert time.monotonic() < deadline, printed
-    pytest.fail(f"it ended without {pattern!r}:\n{printed}")
-
-
-def processes_with(marker: str) -> list[psutil.Process]:
-    """Processes whose command line or environment names a temp folder."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE and any(
-                marker in text for text in [*process.cmdline(), *process.environ().values()]
-            ):
-                found.append(process)
-    return found
-
-
-@pytest.fixture
-def temp_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A short path: Unix sockets lie in it."""
-    folder = Path("/tmp") / f"t{os.getpid()}"
-    folder.mkdir()
-    yield folder
-    shutil.rmtree(folder)
+from tests.client import TIMEOUT_S
+from tests.servers import START_TIMEOUT_S, processes_with, read_until, serving, workers_of
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
 def test_served_model_answers_the_printed_lines_and_leaves_nothing_behind(
     archive: Path, tmp_path: Path, temp_dir: Path, signal_number: signal.Signals
 ) -> None:
-    """In a hostile environment: no Java on the PATH, and a PYTHONPATH whose `handler` package would shadow the archive's."""
+    """The environment is hostile: no Java on the PATH, and a PYTHONPATH whose `handler` package would shadow the archive's."""
     (tmp_path / "poison" / "handler").mkdir(parents=True)
     (tmp_path / "poison" / "handler" / "__init__.py").write_text("raise RuntimeError('the wrong handler package')")
     environment = {name: value for name, value in os.environ.items() if name != "JAVA_HOME"} | {
@@ -175,7 +115,7 @@ def test_workers_on_another_device_than_asked_for_are_found_out(server: TorchSer
 
 
 def test_worker_has_the_archives_threads(server: TorchServe, device: str) -> None:
-    """The main one, those of metrics and memory, and BLAS's: torch's own pool would have one for every core beside them."""
+    """Threads: the main one, metrics, memory, BLAS. torch's own pool would add one for every core."""
     if device == "gpu":
         pytest.skip("CUDA has threads of its own")
     (worker,) = workers_of(server)
@@ -317,13 +257,13 @@ def test_client_passes_on_the_servers_refusal(server: TorchServe, tmp_path: Path
     (tmp_path / "text.png").write_text("no image")
     code, _, err = run_explain(capsys, str(tmp_path / "text.png"), "--url", server.address)
     assert code == 1
-    assert "text.png: 400: got 10 bytes that are no image; accepted formats: PNG" in err
+    assert "text.png: 400: expected an image file (PNG" in err
     code, _, err = run_explain(capsys, str(SAMPLE_FILES[0]), "--url", server.address, "--target", "ten")
-    assert (code, "got 'ten' as 'target'" in err) == (1, True)
+    assert (code, "as 'target', got 'ten'" in err) == (1, True)
     code, _, err = run_explain(capsys, str(SAMPLE_FILES[0]), "--url", server.address, "--model", "letters")
     assert (code, "Model not found: letters" in err) == (1, True)
     code, _, err = run_explain(capsys, *[str(SAMPLE_FILES[0])] * 2, "--url", server.address, "--target", "all", "--size", "1000")
-    assert (code, "error: got 'size' 1000" in err) == (1, True)
+    assert (code, "got 'size' 1000" in err) == (1, True)
 
 
 def test_client_says_where_no_server_is(capsys: pytest.CaptureFixture[str]) -> None:

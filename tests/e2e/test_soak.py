@@ -21,6 +21,7 @@ JUDGED = {
 }
 
 
+@pytest.mark.long
 def test_short_soak_leaves_nothing_and_answers_all_rightly(
     archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

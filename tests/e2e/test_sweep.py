@@ -1,4 +1,4 @@
-"""The sweep with real servers: one changed setting, briefly."""
+"""The sweep of settings with real servers: one changed setting, briefly."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from scripts.bench import sweep
 
 
+@pytest.mark.long
 def test_sweep_measures_a_setting_beside_the_committed_one(
     archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from handler.gradients.explain import Differentiable, Explanation, freeze, predict_and_explain
 from scripts.paths import SAMPLE_FILES, WEIGHTS_FILE
 from tests.conftest import label_of
+from tests.doubles import CountsRows
 from tests.oracle import Oracle
 
 TOLERANCE = 1e-5  # between float32 gradients that were computed in different batches or by different code
@@ -150,21 +151,6 @@ def test_there_is_one_forward_and_a_graph_only_where_a_row_asks(
     finally:
         handle.remove()
     assert forwards == [((4, 1, 28, 28), graph)]
-
-
-class CountsRows:
-    """The sum and the difference of a row's pixels, and how many rows each step was paid for."""
-
-    def __init__(self) -> None:
-        self.paid: list[int] = []
-
-    def score(self, pixels: torch.Tensor, explained_count: int) -> tuple[torch.Tensor, object]:
-        self.paid.append(len(pixels))
-        return pixels.flatten(1) @ torch.tensor([[1.0, 1.0], [1.0, -1.0]]), pixels.shape
-
-    def pull_back(self, saved: object, cotangents: torch.Tensor) -> torch.Tensor:
-        self.paid.append(len(cotangents))
-        return (cotangents @ torch.tensor([[1.0, 1.0], [1.0, -1.0]])).reshape(-1, 1, 1, 2)
 
 
 def test_only_rows_that_ask_are_paid_for() -> None:

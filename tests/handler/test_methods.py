@@ -32,7 +32,7 @@ from handler.gradients.methods import (
     SmoothGrad,
 )
 from model.network import MNIST_MEAN
-from tests.handler.test_explain import CountsRows
+from tests.doubles import CountsRows
 
 MEAN = np.full((1, 1, 1), MNIST_MEAN, np.float32)
 TARGETS = [(3,), (0, 8, 5), (None,), (None, 1), tuple(range(10)), (7,)]

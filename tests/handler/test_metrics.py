@@ -43,7 +43,7 @@ from handler.runtime.metrics import (
 from handler.saliency_handler import SaliencyHandler
 from scripts.paths import ROOT, SAMPLE_FILES
 from tests.conftest import manifest_of
-from tests.handler.test_saliency_handler import MIXED, answer
+from tests.worker import MIXED, answer
 
 METRICS_FILE = ROOT / "serve_config" / "metrics.yaml"
 WAIT_S = 60

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from threadpoolctl import threadpool_info, threadpool_limits
 from torch import nn
-from ts.context import Context, RequestProcessor
+from ts.context import RequestProcessor
 
 import handler.preprocess as preprocess_module
 import handler.protocol.reply as reply_module
@@ -35,15 +35,11 @@ from handler.runtime.archive import ArchiveError
 from handler.saliency_handler import SaliencyHandler
 from handler.torchserve import leave_with_a_lost_gpu
 from scripts.paths import SAMPLE_FILES
-from tests.conftest import label_of, manifest_of
+from tests.conftest import label_of
+from tests.worker import MIXED, Batch, answer, context_for
 
 FILE = SAMPLE_FILES[36]  # a seven
 IMAGE = FILE.read_bytes()
-Batch = list[tuple[dict[str, Any], dict[str, Any]]]  # rows and headers
-
-
-def context_for(model_dir: Path, config: dict[str, Any] | None = None) -> Context:
-    return Context("digits", str(model_dir), manifest_of(model_dir), 8, None, "0.12.0", model_yaml_config=config)
 
 
 @pytest.fixture
@@ -51,32 +47,6 @@ def handler(unpack: Callable[[], Path]) -> SaliencyHandler:
     saliency_handler = SaliencyHandler()
     saliency_handler.initialize(context_for(unpack()))
     return saliency_handler
-
-
-def answer(handler: SaliencyHandler, batch: Batch, model_dir: Path) -> list[tuple[int, dict[str, str], bytes]]:
-    """Status, headers and body of each row."""
-    context = context_for(model_dir)
-    context.request_processor = [RequestProcessor(headers) for _, headers in batch]
-    bodies = handler.handle([row for row, _ in batch], context)
-    return [
-        (context.get_response_status(index)[0], context.get_response_headers(index), body) for index, body in enumerate(bodies)
-    ]
-
-
-MIXED: Batch = [
-    ({"body": bytearray(IMAGE)}, {"explain": "False"}),
-    ({"body": bytearray(IMAGE)}, {"explain": "True"}),
-    ({"body": bytearray(IMAGE)}, {"explain": "True", "X-Saliency-Target": "3"}),
-    ({"body": bytearray(b"broken")}, {"explain": "True"}),
-    (
-        {"data": bytearray(SAMPLE_FILES[0].read_bytes()), "explain": bytearray(b"true"), "target": bytearray(b"all")},
-        {"explain": "False"},
-    ),
-    ({"body": {"data": base64.b64encode(IMAGE).decode(), "target": 11}}, {"explain": "True"}),
-    ({"body": bytearray(IMAGE)}, {"explain": "True", "Accept": "application/x-npy"}),
-    ({}, {"explain": "False", "describe": "True"}),
-    ({"body": bytearray(IMAGE)}, {"explain": "True", "Accept": "image/png", "X-Saliency-Target": "4,9"}),
-]
 
 
 def test_every_row_of_a_mixed_batch_gets_the_answer_that_it_gets_alone(handler: SaliencyHandler, tmp_path: Path) -> None:

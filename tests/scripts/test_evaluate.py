@@ -350,6 +350,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory, digit_pixels: NDArray[np.
     return root
 
 
+@pytest.mark.long
 def test_evaluation_reports_and_repeats_by_its_seed(
     data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

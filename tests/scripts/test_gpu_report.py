@@ -33,6 +33,7 @@ from scripts.paths import SAMPLE_FILES
 PLAN = Plan("cpu", 0.1, [1], [1], [1])
 
 
+@pytest.mark.long
 def test_report_on_the_cpu_has_every_figure(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "report.json"
     command = ["--device=cpu", "--parts=exactness,serving", "--seconds=0.5", "--workers=1", "--connections=2"]
@@ -70,6 +71,7 @@ def test_speed_is_measured_for_every_batch_size_and_way() -> None:
         assert quantiles == sorted(quantiles)
 
 
+@pytest.mark.long
 def test_peers_are_those_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_report, "PEERS", "noop")
     monkeypatch.setattr(gpu_report, "PEER_ROUNDS", 1)

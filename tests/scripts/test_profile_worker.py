@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,9 +10,9 @@ from scripts.bench.profile_worker import BATCH_SIZES, IMPORTS, Row, render_table
 from scripts.paths import ROOT
 
 
-def test_every_step_is_looked_at_in_a_fresh_process() -> None:
+def test_every_step_is_looked_at_in_a_fresh_process(archive: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "scripts.bench.profile_worker", "--archive", "build/digits.mar"],
+        [sys.executable, "-m", "scripts.bench.profile_worker", "--archive", str(archive)],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
