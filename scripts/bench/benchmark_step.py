@@ -59,7 +59,7 @@ Way = Callable[[torch.Tensor, torch.Tensor], Any]  # returns a tensor; ours what
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """How long one way takes for one batch.
+    """Durations of one way for one batch.
 
     Attributes:
         way: its name.

@@ -19,7 +19,7 @@ BINARY = {"Content-Type": "application/octet-stream"}
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What one request asks for: a route, such as "predictions", and headers."""
+    """A kind of request: its route, such as "predictions", and its headers."""
 
     route: str
     headers: Mapping[str, str]

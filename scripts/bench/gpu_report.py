@@ -99,7 +99,7 @@ Measurable = Callable[[], object]  # returns once its results are on the host
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure. `device` is "cpu" or "gpu"; each figure is measured for `seconds`; further files go into `folder`."""
+    """The measurements to make. `device` is "cpu" or "gpu"; each figure takes `seconds`; further files go into `folder`."""
 
     device: str
     seconds: float
@@ -130,7 +130,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a part found: its tables, and its problems, if there are any."""
+    """The findings of a part: its tables, and its problems, if there are any."""
 
     tables: list[Table]
     problems: list[str]

@@ -62,7 +62,7 @@ class StepSummary:
 
     @property
     def label(self) -> str:
-        """What the step asked of the server."""
+        """Its rate or its connections."""
         return label_load(self.offered_rate, self.connections)
 
 

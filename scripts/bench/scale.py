@@ -150,7 +150,7 @@ def has_all_maps(count: int, protocol: str, body: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How far each question goes."""
+    """The points of each question but the first."""
 
     sides_px: Sequence[int] = SIDES_PX
     image_counts: Sequence[int] = IMAGE_COUNTS

@@ -82,7 +82,7 @@ def estimate_slope(times_s: NDArray[np.float64], values: NDArray[np.float64], bl
 
 @dataclass(frozen=True, slots=True)
 class ProcessSummary:
-    """What a process used. Descriptors and threads are counted before and after the window, when it is idle."""
+    """Memory, descriptors and threads of a process; the latter two of before and after the window, when it is idle."""
 
     name: str
     rss_mib: float

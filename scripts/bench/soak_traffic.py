@@ -232,7 +232,7 @@ class Answers:
 
     @property
     def learned_count(self) -> int:
-        """How many of the distinct calls have a right answer so far."""
+        """Number of distinct calls that have a right answer so far."""
         return len(self._right)
 
     def learn(self, call: int, status: int, body: bytes) -> bool:

@@ -5,7 +5,7 @@ import json
 import re
 from io import BytesIO
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ from scripts.bench.benchmark_step import FORWARD, OURS, Timing, build_ways, chec
 from scripts.bench.digits import dither
 from scripts.bench.peers.systems import SYSTEMS, System, read_digit, read_map
 from scripts.bench.rounds import Spread
-from scripts.paths import SAMPLE_FILES
+from scripts.paths import ROOT, SAMPLE_FILES
 
 GOAL = {(goal.quantity, goal.other): goal for goal in GOALS}
 
@@ -306,6 +306,15 @@ def test_calls_score_and_explain(network: nn.Module, tmp_path: Path) -> None:
     for own, expected in zip(own_explanations, explanations, strict=True):
         assert expected is not None
         np.testing.assert_allclose(own.maps, expected.maps, atol=1e-4)
+
+
+def test_a_counting_process_makes_its_call_by_itself(network: nn.Module, tmp_path: Path) -> None:
+    file = tmp_path / COMPILED_PASS_FILE
+    file.write_text(compile_pass(network, (1, 28, 28)))
+    process: dict[str, Any] = {}
+    exec(benchmark_step.SETUP.format(root=str(ROOT), way=OURS, compiled_pass=str(file), batch_size=2), process)
+    logits, explanations = process["call"]()
+    assert (logits.shape, len(explanations)) == ((2, 10), 2)
 
 
 def test_counts_are_given_as_multiples_of_the_forward() -> None:

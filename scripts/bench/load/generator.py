@@ -38,7 +38,7 @@ Inspect = Callable[[int, int, bytes], bool]  # called with call, status and body
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What to send to a server, how fast and for how long.
+    """Requests to send to a server, with their rate and duration.
 
     Attributes:
         address: such as http://127.0.0.1:8080.
@@ -63,11 +63,11 @@ class Load:
 
     @property
     def label(self) -> str:
-        """What it asks of the server, for reports."""
+        """Its rate or its connections, for reports."""
         return label_load(self.rate, self.connections)
 
     def schedule(self) -> list[float]:
-        """When requests are due, in seconds since the end of the warm-up; of a closed loop, the first ones."""
+        """List when requests are due, in seconds since the end of the warm-up; of a closed loop, the first ones."""
         if self.rate is None:
             return [-self.warm_up_s] * self.connections
         due_s: list[float] = (

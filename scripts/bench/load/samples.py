@@ -29,7 +29,7 @@ RECORD = np.dtype(
 
 
 class Failure(IntEnum):
-    """Why a request has no good reply, beside its status."""
+    """The reason for which a request has no good reply, beside its status."""
 
     NONE = 0
     REFUSED = 1
@@ -58,7 +58,7 @@ class FirstReply:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Samples:
-    """What a run measured. Times are seconds since the end of the warm-up; those of the warm-up are negative.
+    """The measurements of a run. Times are seconds since the end of the warm-up; those of the warm-up are negative.
 
     Every property counts only the window: requests scheduled from 0 to `duration_s`, or, for `served_rate`, answered in it.
 
@@ -82,17 +82,17 @@ class Samples:
 
     @property
     def scheduled_s(self) -> NDArray[np.float64]:
-        """When each request was scheduled: (N,), with those of the warm-up."""
+        """Instants at which requests were scheduled: (N,), those of the warm-up included."""
         return self._column("scheduled_s")
 
     @property
     def sent_s(self) -> NDArray[np.float64]:
-        """When sending each request began: (N,), NaN where it never did."""
+        """Instants at which sending began: (N,), NaN where it never did."""
         return self._column("sent_s")
 
     @property
     def done_s(self) -> NDArray[np.float64]:
-        """When each reply was complete or given up: (N,)."""
+        """Instants at which replies were complete or given up: (N,)."""
         return self._column("done_s")
 
     @property
@@ -107,22 +107,22 @@ class Samples:
 
     @property
     def failure(self) -> NDArray[np.int8]:
-        """A `Failure` for each request: (N,)."""
+        """The `Failure` of each request: (N,)."""
         return self._column("failure")
 
     @property
     def good(self) -> NDArray[np.bool_]:
-        """Which requests have a reply with a 2xx status and without failure: (N,)."""
+        """Requests that have a reply with a 2xx status and no failure: (N,)."""
         return np.asarray((self.status >= 200) & (self.status < 300) & (self.failure == Failure.NONE))
 
     @property
     def counted(self) -> NDArray[np.bool_]:
-        """Which requests were scheduled in the window: (N,)."""
+        """Requests that were scheduled in the window: (N,)."""
         return np.asarray((self.scheduled_s >= 0) & (self.scheduled_s < self.duration_s))
 
     @property
     def timed(self) -> NDArray[np.bool_]:
-        """Which requests have a latency: (N,), the good ones, and timeouts with the time waited.
+        """Requests that have a latency: (N,), the good ones, and timeouts with the time waited.
 
         A timeout's latency is at least the time waited; other failures say nothing of how long an answer takes.
         """
@@ -130,7 +130,7 @@ class Samples:
 
     @property
     def request_count(self) -> int:
-        """How many requests were scheduled in the window."""
+        """Number of requests that were scheduled in the window."""
         return int(self.counted.sum())
 
     @property
@@ -141,7 +141,7 @@ class Samples:
 
     @property
     def error_counts(self) -> dict[str, int]:
-        """How many requests of the window failed, by kind: a `Failure`, or the status as "HTTP 503"."""
+        """Numbers of failed requests of the window, by kind: a `Failure`, or the status as "HTTP 503"."""
         bad = self.counted & ~self.good
         kinds = zip(self.failure[bad].tolist(), self.status[bad].tolist(), strict=True)
         return dict(sorted(Counter(Failure(failure).label if failure else f"HTTP {status}" for failure, status in kinds).items()))
@@ -162,7 +162,7 @@ class Samples:
         return quantiles_of(self.latencies_ms(name), quantiles)
 
     def lag_quantiles_ms(self, quantiles: Sequence[float] = QUANTILES) -> NDArray[np.float64]:
-        """How late the generator itself sent requests that were scheduled and had a free connection."""
+        """Quantiles of the generator's own lag: by how much it sent late, after a request was due."""
         lags_ms = (self.sent_s - self._column("due_s"))[self.counted] * 1e3
         return quantiles_of(lags_ms[~np.isnan(lags_ms)], quantiles)
 

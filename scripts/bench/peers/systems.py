@@ -39,7 +39,7 @@ STOP_TIMEOUT_S = 15
 
 
 class Explains(Enum):
-    """What a system's explanations are; their check depends on it."""
+    """The kind of a system's explanations, which decides how they are checked."""
 
     PREDICTED = "gradient of the predicted class"
     CLASS_0 = "gradient of class 0"
@@ -49,7 +49,7 @@ class Explains(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Workplace:
-    """Where and how a system is started.
+    """The surroundings in which a system is started.
 
     Attributes:
         folder: for archives and logs.
