@@ -13,6 +13,7 @@ little, and that late.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -78,6 +79,8 @@ START_BATCH_SIZES = (1, 8, 32)
 REPEATED = 20  # batches of each size
 MIB = 2**20
 
+Place = tuple[Any, str, object]  # a module, class or object; a name in it; what is to stand there
+
 
 class ProfileError(RuntimeError):
     """Nothing can be measured; the message says why, for a person."""
@@ -102,7 +105,7 @@ class Worker:
 
         torch.set_num_threads(1)
         self.protocol: Any = otf_message_handler
-        untouched = dict(vars(otf_message_handler))
+        before = dict(vars(otf_message_handler))
         metrics = MetricsCacheYamlImpl(config_file_path=str(SERVE_CONFIG / "metrics.yaml"))
         metrics.initialize_cache()
         manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
@@ -114,8 +117,10 @@ class Worker:
             batch_size=1,
             metrics_cache=metrics,
         )
-        # What the handler has changed in TorchServe's protocol, as it was.
-        self.untouched = {name: value for name, value in untouched.items() if vars(otf_message_handler)[name] is not value}
+        # TorchServe's protocol as it was before the handler changed it.
+        self.untouched: list[Place] = [
+            (otf_message_handler, name, value) for name, value in before.items() if vars(otf_message_handler)[name] is not value
+        ]
         self.frontend, self.connection = socket.socketpair()
         self.frontend.settimeout(SEND_TIMEOUT_S)
         self.service.set_cl_socket(self.connection)
@@ -211,52 +216,43 @@ class Stopwatch:
         return own_s
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One name under which a function is looked up, with what stands there and what may stand there instead."""
-
-    owner: Any
-    name: str
-    original: object
-    other: object
-
-
-def switch(places: Sequence[Place], *, to_other: bool) -> None:
-    """Put the other function, or the original one, in all places."""
-    for place in places:
-        setattr(place.owner, place.name, place.other if to_other else place.original)
+@contextlib.contextmanager
+def replaced(places: Sequence[Place]) -> Iterator[None]:
+    """Put other functions in their places, for a while."""
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    for owner, name, other in places:
+        setattr(owner, name, other)
+    try:
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
 
 
 def find_places(worker: Worker, stopwatch: Stopwatch, steps: Mapping[str, Sequence[str]]) -> list[Place]:
-    """Find every place where a function of the steps is looked up: its class, or all modules that have imported it.
+    """Find every place where a function of the steps is looked up, in its class or in modules, and what times it there.
 
     Raises:
         ProfileError: there is no function of that name.
     """
-    entry = worker.service._entry_point
-    places = [Place(worker.service, "_entry_point", entry, stopwatch.wrap(ENTRY, entry))]
+    places: list[Place] = [(worker.service, "_entry_point", stopwatch.wrap(ENTRY, worker.service._entry_point))]
+    modules = [module for module in sys.modules.values() if isinstance(module, ModuleType)]
     for step, functions in steps.items():
         for function in functions:
             module_name, _, path = function.partition(":")
+            class_name, _, name = path.rpartition(".")
             try:
                 owner: Any = importlib.import_module(module_name)
-                *classes, name = path.split(".")
-                for class_name in classes:
-                    owner = getattr(owner, class_name)
+                owner = getattr(owner, class_name) if class_name else owner
                 original = getattr(owner, name)
             except (ImportError, AttributeError) as error:
                 raise ProfileError(f"expected STEPS to name a function, got {function}: {error}") from error
             timed = stopwatch.wrap(step, original)
-            if classes:
-                places.append(Place(owner, name, original, timed))
+            if class_name:
+                places.append((owner, name, timed))
             else:
-                places += [Place(module, alias, original, timed) for module, alias in _find_aliases(original)]
+                places += [(user, alias, timed) for user in modules for alias, value in vars(user).items() if value is original]
     return places
-
-
-def _find_aliases(function: object) -> list[tuple[ModuleType, str]]:
-    modules = [module for module in sys.modules.values() if isinstance(module, ModuleType)]
-    return [(module, name) for module in modules for name, value in list(vars(module).items()) if value is function]
 
 
 def time_steps(worker: Worker, batch_size: int, seconds: float, pause_s: float = 0.0) -> dict[str, float]:
@@ -275,7 +271,6 @@ def time_steps(worker: Worker, batch_size: int, seconds: float, pause_s: float =
         worker.require_good_replies(message, batch_size)
     stopwatch = Stopwatch()
     timed = find_places(worker, stopwatch, STEPS)
-    by_fields = [Place(worker.protocol, name, vars(worker.protocol)[name], value) for name, value in worker.untouched.items()]
     taken_s: dict[str, list[float]] = {name: [] for name in (*STEPS, WHOLE, RECEIVED_BY_FIELDS)}
     deadline = time.perf_counter() + seconds
     with tqdm(desc=f"batches of {batch_size}", unit="turn", disable=None) as progress:
@@ -283,15 +278,13 @@ def time_steps(worker: Worker, batch_size: int, seconds: float, pause_s: float =
             time.sleep(pause_s)
             taken_s[WHOLE].append(worker.answer(message))
             time.sleep(pause_s)
-            switch(timed, to_other=True)
-            worker.answer(message)
-            switch(timed, to_other=False)
+            with replaced(timed):
+                worker.answer(message)
             for step, own_s in stopwatch.read().items():
                 taken_s[step].append(own_s)
             time.sleep(pause_s)
-            switch(by_fields, to_other=True)
-            taken_s[RECEIVED_BY_FIELDS].append(worker.receive(message)[1])
-            switch(by_fields, to_other=False)
+            with replaced(worker.untouched):
+                taken_s[RECEIVED_BY_FIELDS].append(worker.receive(message)[1])
             progress.update()
     unused = [step for step in STEPS if not taken_s[step]]
     if unused:

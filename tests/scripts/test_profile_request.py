@@ -22,7 +22,7 @@ from scripts.bench.profile_request import (
     find_places,
     render_start,
     render_steps,
-    switch,
+    replaced,
 )
 from scripts.paths import ROOT
 
@@ -58,20 +58,26 @@ def test_every_step_of_a_start_is_measured_in_a_fresh_process(archive: Path) -> 
     assert seconds[IMPORTS["torch"]] == pytest.approx(max(seconds.values()))
 
 
-def test_stopwatch_gives_each_step_its_own_time() -> None:
+def test_stopwatch_gives_each_step_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+
+    def work(seconds: float) -> None:
+        nonlocal now_s
+        now_s += seconds
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now_s)
     stopwatch = Stopwatch()
-    inner = stopwatch.wrap("inner", lambda: time.sleep(0.05))
+    inner = stopwatch.wrap("inner", work)
 
     def call_twice() -> str:
-        time.sleep(0.02)
-        inner()
-        inner()
+        work(4)
+        inner(1)
+        inner(2)
         return "done"
 
     assert stopwatch.wrap("outer", call_twice)() == "done"
-    own_s = stopwatch.read()
-    assert own_s["inner"] == pytest.approx(0.1, abs=0.02)
-    assert own_s["outer"] == pytest.approx(0.02, abs=0.02)
+    inner(seconds=8)
+    assert stopwatch.read() == {"inner": 11, "outer": 4}
     assert stopwatch.read() == {}
 
 
@@ -112,12 +118,12 @@ def test_functions_are_timed_wherever_they_are_looked_up(modules: tuple[Any, Any
     defining, importing = modules
     stopwatch, worker = Stopwatch(), worker_of()
     places = find_places(worker, stopwatch, {"read": ["defining:read"], "act": ["defining:Thing.act"]})
-    switch(places, to_other=True)
+    with replaced(places):
+        assert (defining.read(), importing.alias(), defining.Thing().act()) == ("read", "read", "acted")
+        assert worker.service._entry_point() == "answered"
+    assert stopwatch.read().keys() == {"read", "act", profile_request.ENTRY}
     assert (defining.read(), importing.alias(), defining.Thing().act()) == ("read", "read", "acted")
     assert worker.service._entry_point() == "answered"
-    assert stopwatch.read().keys() == {"read", "act", profile_request.ENTRY}
-    switch(places, to_other=False)
-    assert (defining.read(), importing.alias(), defining.Thing().act()) == ("read", "read", "acted")
     assert stopwatch.read() == {}
 
 
