@@ -2,16 +2,14 @@
 
     python -m scripts.bench.benchmark --rounds 5 --seconds 2
 
-All systems are started and stay up, idle. First each is checked: none may win by being wrong. Then they are measured in turn, in
-rounds, so that a slow minute of the machine hits all of them; ratios are taken within a round, and their median is what counts.
-Writes every single number as benchmark.json, and the table, which is also printed, as benchmark.md.
+All systems are started and stay up. First the answers of each are checked: none may win by being wrong. Then they are measured in
+turn, in rounds, so that a slow minute of the machine hits all of them; ratios are taken within a round, and their median counts.
+Writes every number as benchmark.json, and the tables, which are also printed, as benchmark.md.
 """
 
 import argparse
 import contextlib
 import json
-import math
-import shlex
 import sys
 import tempfile
 import time
@@ -19,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,31 +24,29 @@ from typing import Any
 import numpy as np
 import requests
 from numpy.typing import NDArray
-from PIL import Image
 from tqdm import tqdm
 
-from scripts.bench.load import build_call, run_closed
-from scripts.bench.load_test import describe_machine
+from scripts.bench.arguments import names_reader, read_count, read_positive
+from scripts.bench.digit_requests import BINARY
+from scripts.bench.digits import MAX_MAP_DIFFERENCE, dither, largest_difference, read_files
+from scripts.bench.load import Figures, Load, build_call, run_load
+from scripts.bench.machine import join_facts
 from scripts.bench.peers.systems import SYSTEMS, Explains, Running, Workplace, read_digit, read_map, worker_memory_mib
-from scripts.paths import SAMPLE_FILES, SERVE_CONFIG
+from scripts.bench.rounds import BUSY_CONNECTIONS, LONE_CONNECTION, WARM_UP_SHARE, Spread, describe_conditions
+from scripts.paths import BUILD, SAMPLE_IMAGE
 from scripts.serving.launcher import ServeError, read_model_config
+from scripts.tables import render_markdown
 
 OURS = "ours"
-HEADERS = {"Content-Type": "application/octet-stream"}
 ROUTES = ("explain", "predict")
-LONE_CONNECTION = 1
-BUSY_CONNECTIONS = (16, 32, 64)
-WARM_UP_SHARE = 0.2  # of a measurement's seconds, before it
 CHECKING_CONNECTIONS = 16
-MAX_MAP_DIFFERENCE = 1e-4  # logit per unit of intensity
-SAME_MAPS_SHARE = 0.9  # of the images; where two inputs of a max pool are equal but for rounding, either gradient is right
-TIMEOUT_S = 30
-IDLE_S = 3.0  # after all load, until memory is looked at
+TIMEOUT_S = 30.0
+IDLE_S = 3.0  # between the last load and reading the workers' memory
 PACKAGES = ("torch", "torchserve", "captum", "fastapi", "uvicorn", "mosec", "numpy", "orjson")
 
 
 class BenchmarkError(RuntimeError):
-    """The systems cannot be compared: one answers something else than the others, or nothing."""
+    """The systems cannot be compared: one of them gives other answers than the rest, or none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +62,8 @@ class Measurement:
         p50_ms, p99_ms: latency.
         error_counts: requests without a good reply, by kind.
         generator_cpu_share: of one core that the load generator itself took; near 1 it, and not the system, is the limit.
-        worker_cpu_us: processor time a request of all processes but a JVM.
-        frontend_cpu_us: of the JVM, which is TorchServe's frontend; 0 where there is none.
+        worker_cpu_us: processor time a request, of all processes but a JVM.
+        frontend_cpu_us: the same of the JVM, which is TorchServe's frontend; 0 where there is none.
     """
 
     round_index: int
@@ -85,13 +80,13 @@ class Measurement:
 
     @property
     def generator_cpu_us(self) -> float:
-        """Processor time a good reply of the load generator."""
+        """Processor time that the load generator takes for a good reply."""
         return self.generator_cpu_share / self.rate * 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Memory of one worker after all load, in MiB: resident, of it its own alone, and the most that was resident till then."""
+    """Memory of one worker after all load, in MiB: resident, unshared, and the most that was resident until then."""
 
     rss_mib: float
     uss_mib: float
@@ -99,28 +94,14 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
-    """Median, least and largest of some numbers."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        """Of one number or more."""
-        return cls(median(values), min(values), max(values))
-
-
-@dataclass(frozen=True, slots=True)
 class Goal:
-    """A ratio of this service to another that is to be reached.
+    """A ratio of this service to another system, and what it should be.
 
     Attributes:
-        title: for people.
+        title: in tables.
         quantity: a key of `Results.by_round`.
         other: a system.
-        bound: the least ratio for a rate, and the largest for milliseconds or MiB; None where it is only to be known.
+        bound: the least ratio for a rate, and the largest for milliseconds or MiB; None for a ratio without a goal.
     """
 
     title: str
@@ -134,7 +115,7 @@ class Goal:
         return self.quantity.endswith("_rate")
 
     def is_reached(self, ratio: float) -> bool | None:
-        """Whether a ratio is on the right side of the bound; None where there is none."""
+        """Whether a ratio meets the bound; None without a bound."""
         if self.bound is None:
             return None
         return ratio >= self.bound if self.more_is_better else ratio <= self.bound
@@ -169,10 +150,10 @@ class Results:
     ready_s: Mapping[str, float]
 
     def by_round(self, system: str, quantity: str) -> list[float]:
-        """One number a round; of the memory, which is looked at once, a single number.
+        """Give one number a round; of the memory, which is read once, a single number.
 
         Args:
-            quantity: "explain_rate" or "predict_rate": replies a second with the best of the numbers of connections;
+            quantity: "explain_rate" or "predict_rate": replies a second at the best number of connections;
                 "explain_p50_ms" or "predict_p50_ms": of a lone client; "rss_mib", "uss_mib" or "peak_mib".
         """
         if quantity.endswith("_mib"):
@@ -186,7 +167,7 @@ class Results:
         return [next(one.p50_ms for one in lone if one.round_index == index) for index in rounds]
 
     def ratios(self, goal: Goal) -> list[float]:
-        """Divide this service's number by the other's: one ratio a round; none where the other was not measured.
+        """Divide this service's number by the other's: one ratio a round; no ratio where the other was not measured.
 
         Raises:
             BenchmarkError: there was a round in which the other gave no reply in time.
@@ -195,11 +176,11 @@ class Results:
             return []
         others = self.by_round(goal.other, goal.quantity)
         if 0 in others:
-            raise BenchmarkError(f"got a round without replies from {goal.other}; give it more --seconds")
+            raise BenchmarkError(f"expected replies from {goal.other} in every round; give it more --seconds")
         return [own / other for own, other in zip(self.by_round(OURS, goal.quantity), others, strict=True)]
 
     def error_count(self, system: str) -> int:
-        """How many requests to a system had no good reply."""
+        """Count requests to a system without a good reply."""
         return sum(sum(one.error_counts.values()) for one in self.measurements if one.system == system)
 
 
@@ -211,8 +192,8 @@ def measure(
 ) -> tuple[Measurement, ...]:
     """Measure all systems in turn, round by round, after rounds that are not kept.
 
-    A JVM compiles what it runs often: that takes some fifteen seconds of load, in which a request costs up to five times as much.
-    Within a round the systems follow each other under one load, in an order that shifts from load to load.
+    A JVM compiles what it runs often: for some fifteen seconds of load a request costs up to five times as much. Within a round
+    the systems follow each other under one load, in an order that shifts from load to load.
 
     Args:
         images: PNG files, sent in turn.
@@ -237,53 +218,44 @@ def _measure_once(
     name: str, running: Running, images: Sequence[bytes], route: str, connections: int, round_index: int, seconds: float
 ) -> Measurement:
     path = running.path(route)
-    calls = [build_call(route, running.address, path, image, HEADERS) for image in images]
-    before = running.cpu_seconds()
-    samples = run_closed(
+    calls = [build_call(route, running.address, path, image, BINARY) for image in images]
+    load = Load(
         running.address,
         calls,
-        connections=connections,
         duration_s=seconds,
+        connections=connections,
         warm_up_s=seconds * WARM_UP_SHARE,
         timeout_s=TIMEOUT_S,
     )
+    before = running.cpu_seconds()
+    samples = run_load(load)
     worker_us, frontend_us = (
         1e6 * (end - start) / len(samples.records) for start, end in zip(before, running.cpu_seconds(), strict=True)
     )
-    p50_ms, p99_ms = samples.latency_quantiles_ms((0.5, 0.99)).tolist()
-    if math.isnan(p50_ms):
-        problem = samples.error_counts or "give it more --seconds"
+    figures = Figures.of(samples)
+    if figures.p50_ms is None or figures.p99_ms is None:
+        problem = figures.error_counts or "give it more --seconds"
         raise BenchmarkError(f"{name} gave no good reply to {route} over {connections} connections: {problem}")
     return Measurement(
-        *(round_index, name, route, connections, samples.served_rate, p50_ms, p99_ms),
-        *(samples.error_counts, samples.cpu_share, worker_us, frontend_us),
+        *(round_index, name, route, connections, figures.rate, figures.p50_ms, figures.p99_ms),
+        *(figures.error_counts, figures.generator_cpu_share, worker_us, frontend_us),
     )
 
 
 # --- checking
 
 
-def dithered(png: bytes, seed: int) -> bytes:
-    """Add a little noise to a PNG: without it max pools tie, and where they tie there is no one gradient to compare."""
-    noise = np.random.default_rng(seed).integers(0, 14, (28, 28))
-    with Image.open(BytesIO(png)) as image:
-        levels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
-    content = BytesIO()
-    Image.fromarray(levels).save(content, format="PNG")
-    return content.getvalue()
-
-
 def check_answers(running: Mapping[str, Running], images: Sequence[bytes]) -> dict[str, float]:
     """Ask every system for the same images, many at once, and compare with this service's answers.
 
-    The integrated gradients are another method, and of the handler that does nothing only the replies' form is compared.
+    Maps by integrated gradients, another method, are not compared; of the handler that does nothing only the replies' form is.
 
     Args:
         images: PNG files without flat areas.
     Returns:
-        by the systems that have comparable maps: see `require_same_maps`.
+        the result of `require_same_maps`, by the systems that have comparable maps.
     Raises:
-        BenchmarkError: a digit differs, or the maps do, or the no-op's replies are of another form.
+        BenchmarkError: a digit differs, or the maps do, or the no-op's replies have another form.
     """
     ours = running[OURS]
     digits = _ask_for_digits(ours, images)
@@ -314,11 +286,11 @@ def require_same_maps(name: str, found: NDArray[np.float64], expected: NDArray[n
     """Compare a system's maps (N, 28, 28) with this service's.
 
     Returns:
-        the largest difference of a number in the SAME_MAPS_SHARE of the maps that agree best.
+        the `largest_difference`.
     Raises:
         BenchmarkError: it is larger than MAX_MAP_DIFFERENCE.
     """
-    difference = float(np.quantile(np.abs(found - expected).max(axis=(1, 2)), SAME_MAPS_SHARE, method="higher"))
+    difference = largest_difference(found, expected)
     if not difference <= MAX_MAP_DIFFERENCE:  # NaN is not
         raise BenchmarkError(f"{name} has maps that differ from those of {OURS} by {difference:.2g}")
     return difference
@@ -330,16 +302,16 @@ def _ask_for_digits(running: Running, images: Sequence[bytes]) -> list[int]:
 
 
 def _ask_for_maps(running: Running, images: Sequence[bytes], headers: Mapping[str, str] | None = None) -> NDArray[np.float64]:
-    """Maps of all images: (N, 28, 28)."""
+    """Get the maps of all images: (N, 28, 28)."""
     with ThreadPoolExecutor(CHECKING_CONNECTIONS) as pool:
         replies = pool.map(partial(_ask, running, "explain", headers=headers), images)
         return np.array([np.reshape(read_map(reply.json()), (28, 28)) for reply in replies])
 
 
 def _require_same_form(name: str, constant: Running, real: Running) -> None:
-    """Compare the size and type of the no-op's replies with those that it stands for."""
+    """Compare the size and type of the no-op's replies with those of the service that it stands for."""
     for route in ROUTES:
-        replies = [_ask(running, route, SAMPLE_FILES[0].read_bytes()) for running in (constant, real)]
+        replies = [_ask(running, route, SAMPLE_IMAGE.read_bytes()) for running in (constant, real)]
         forms = [(len(reply.content), reply.headers["Content-Type"]) for reply in replies]
         if forms[0] != forms[1]:
             raise BenchmarkError(f"{name} replies to {route} with {forms[0]}, {OURS} with {forms[1]}")
@@ -347,7 +319,7 @@ def _require_same_form(name: str, constant: Running, real: Running) -> None:
 
 def _ask(running: Running, route: str, image: bytes, headers: Mapping[str, str] | None = None) -> requests.Response:
     reply = requests.post(
-        running.address + running.path(route), data=image, headers={**HEADERS, **(headers or {})}, timeout=TIMEOUT_S
+        running.address + running.path(route), data=image, headers={**BINARY, **(headers or {})}, timeout=TIMEOUT_S
     )
     reply.raise_for_status()
     return reply
@@ -368,20 +340,20 @@ COLUMNS = (
 )
 
 
+GOAL_COLUMNS = ("this service, as a multiple", "median (least - largest)", "goal", "")
+
+
 def render_table(results: Results) -> str:
-    """Write all systems, also those that are not installed, and the goals, as Markdown."""
-    lines = [
-        f"| {' | '.join(COLUMNS)} |",
-        f"| {' | '.join('---' for _ in COLUMNS)} |",
-    ]
+    """Write all systems, with those that are not installed, and the goals, as Markdown."""
+    rows = []
     for name, system in SYSTEMS.items():
         if name in results.ready_s:
             memory = results.memory[name]
             cells = [
-                _cell(results, name, "explain_rate", ",.0f"),
-                _cell(results, name, "explain_p50_ms", ".2f"),
-                _cell(results, name, "predict_rate", ",.0f"),
-                _cell(results, name, "predict_p50_ms", ".2f"),
+                format(_spread(results, name, "explain_rate"), ",.0f"),
+                format(_spread(results, name, "explain_p50_ms"), ".2f"),
+                format(_spread(results, name, "predict_rate"), ",.0f"),
+                format(_spread(results, name, "predict_p50_ms"), ".2f"),
                 f"{memory.rss_mib:.0f} ({memory.uss_mib:.0f}; {memory.peak_mib:.0f})",
                 f"{results.ready_s[name]:.1f}",
                 str(results.error_count(name)),
@@ -389,62 +361,55 @@ def render_table(results: Results) -> str:
         else:
             missing = system.missing()
             cells = [f"not installed ({', '.join(missing)})" if missing else "not asked for", *[""] * (len(COLUMNS) - 2)]
-        lines.append(f"| {system.title} | " + " | ".join(cells) + " |")
-    lines += ["", "| this service, as a multiple | median (least - largest) | goal | |", "| --- | --- | --- | --- |"]
+        rows.append([system.title, *cells])
+    return f"{render_markdown(COLUMNS, rows)}\n\n{render_markdown(GOAL_COLUMNS, _goal_rows(results))}"
+
+
+def _goal_rows(results: Results) -> Iterator[list[str]]:
     for goal in GOALS:
         ratios = results.ratios(goal)
         bound = "" if goal.bound is None else f"{'at least' if goal.more_is_better else 'at most'} {goal.bound:g}"
         if ratios:
             spread = Spread.of(ratios)
-            cells = [_spread_text(spread, ".2f"), bound, VERDICTS[goal.is_reached(spread.median)]]
+            yield [goal.title, format(spread, ".2f"), bound, VERDICTS[goal.is_reached(spread.median)]]
         else:
-            cells = ["not measured", bound, ""]
-        lines.append(f"| {goal.title} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            yield [goal.title, "not measured", bound, ""]
 
 
 def render_costs(results: Results) -> str:
-    """Write whose processor time a request is made of, at the most connections, as Markdown: medians over the rounds."""
+    """Write the processor time of a request by process, at the most connections, as Markdown: medians over the rounds."""
     parts = {"workers": "worker_cpu_us", "JVM": "frontend_cpu_us", "load generator": "generator_cpu_us"}
-    columns = ["system", *(f"{route}: {part}" for route in ROUTES for part in parts)]
-    lines = [f"| {' | '.join(columns)} |", f"| {' | '.join('---' for _ in columns)} |"]
+    rows = []
     for name in results.ready_s:
-        cells = []
+        cells = [SYSTEMS[name].title]
         for route in ROUTES:
             own = [one for one in results.measurements if (one.system, one.route) == (name, route)]
             busiest = [one for one in own if one.connections == max(one.connections for one in own)]
             cells += [f"{median(getattr(one, part) for one in busiest):.0f}" for part in parts.values()]
-        lines.append(f"| {SYSTEMS[name].title} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return render_markdown(["system", *(f"{route}: {part}" for route in ROUTES for part in parts)], rows)
 
 
-def _cell(results: Results, system: str, quantity: str, number_format: str) -> str:
-    return _spread_text(Spread.of(results.by_round(system, quantity)), number_format)
-
-
-def _spread_text(spread: Spread, number_format: str) -> str:
-    if spread.low == spread.high:
-        return format(spread.median, number_format)
-    return f"{spread.median:{number_format}} ({spread.low:{number_format}} - {spread.high:{number_format}})"
+def _spread(results: Results, system: str, quantity: str) -> Spread:
+    return Spread.of(results.by_round(system, quantity))
 
 
 def render_report(results: Results, conditions: Mapping[str, Any]) -> str:
-    """Write the tables with what has to be known to read them, as Markdown."""
+    """Write the tables and the conditions that they hold under, as Markdown."""
     busiest = max(results.measurements, key=lambda one: one.generator_cpu_share)
     return "\n".join(
         [
             "# Benchmark",
             "",
             f"`{conditions['command']}`, {conditions['date']}, load generator and servers on one machine: "
-            + "; ".join(f"{name} {value}" for name, value in conditions["machine"].items())
-            + ".",
+            f"{join_facts(conditions['machine'])}.",
             "",
             f"Rounds: {conditions['rounds']}; in each, every system for {conditions['seconds']:g} s under each load, in turn. "
             f"Replies/s are those of the best of {', '.join(map(str, BUSY_CONNECTIONS))} connections. "
             "Median (least - largest) over the rounds; ratios are taken within a round. "
             f"Workers a system: {conditions['workers']} on the {conditions['device']}, with one thread of torch each where "
             "nothing else is said. "
-            f"Raw 28x28 PNG in, JSON out. A worker's memory is looked at {IDLE_S:g} s after all load. "
+            f"Raw 28x28 PNG in, JSON out. A worker's memory is read {IDLE_S:g} s after all load. "
             f"The load generator took at most {busiest.generator_cpu_share:.0%} of a core (on {busiest.system}).",
             "",
             render_table(results),
@@ -458,7 +423,7 @@ def render_report(results: Results, conditions: Mapping[str, Any]) -> str:
 
 
 def summarize(results: Results) -> dict[str, Any]:
-    """The tables as data."""
+    """Give the tables as data, for JSON."""
     quantities = ("explain_rate", "explain_p50_ms", "predict_rate", "predict_p50_ms", "rss_mib", "uss_mib", "peak_mib")
     return {
         "systems": {
@@ -491,7 +456,7 @@ def start_systems(names: Sequence[str], workplace: Workplace) -> Iterator[dict[s
             print(f"starting {name} ...", file=sys.stderr)
             running[name] = stack.enter_context(SYSTEMS[name].start(workplace))
             if name == OURS:
-                sample = SAMPLE_FILES[0].read_bytes()
+                sample = SAMPLE_IMAGE.read_bytes()
                 explanation, prediction = (_ask(running[OURS], route, sample).content for route in ROUTES)
                 workplace = replace(workplace, explanation=explanation, prediction=prediction)
         yield running
@@ -506,67 +471,42 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     others = [name for name in SYSTEMS if name != OURS]
-    parser.add_argument("--rounds", type=_at_least_one, default=5, help="how often everything is measured")
-    parser.add_argument("--warm-up-rounds", type=_at_least_one, default=2, help="rounds before these, which are not kept")
-    parser.add_argument("--seconds", type=_positive, default=2.0, help="of each of the eight measurements of a system in a round")
+    parser.add_argument("--rounds", type=read_count, default=5, help="how often everything is measured")
+    parser.add_argument("--warm-up-rounds", type=read_count, default=2, help="rounds before these, which are not kept")
+    parser.add_argument("--seconds", type=read_positive, default=2.0, help="of each of a system's eight measurements in a round")
     parser.add_argument("--systems", type=_read_systems, default=",".join(others), help="what this service is compared with")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="where all workers run")
-    parser.add_argument("--workers", type=_at_least_one, help="worker processes of each system; default: as served on the device")
-    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("build/benchmark"), help="where the reports go")
+    parser.add_argument("--workers", type=read_count, help="worker processes of each system; default: as served on the device")
+    parser.add_argument("--output", metavar="DIR", type=Path, default=BUILD / "benchmark", help="where the reports go")
     return parser
 
 
-def _positive(text: str) -> float:
-    number = float(text)
-    if not 0 < number < float("inf"):
-        raise argparse.ArgumentTypeError(f"got {text}; more than 0 is accepted")
-    return number
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {number}; at least 1 is accepted")
-    return number
-
-
-def _read_systems(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name for name in text.split(",") if name != OURS))
-    unknown = [name for name in names if name not in SYSTEMS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)}; {', '.join(SYSTEMS)} are accepted")
-    return names
+def _read_systems(text: str) -> list[str]:
+    """Read "noop,mosec"; this service is measured anyway."""
+    return [name for name in names_reader(SYSTEMS)(text) if name != OURS]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start, check, measure, report. Returns the exit code: 1 where a system did not start, was wrong, or failed requests."""
     arguments = build_parser().parse_args(argv)
-    model_config = read_model_config(arguments.device)
-    workers = arguments.workers or int(model_config["minWorkers"])
+    workers = arguments.workers or int(read_model_config(arguments.device)["minWorkers"])
     installed = [name for name in arguments.systems if not SYSTEMS[name].missing()]
     not_installed = {name: SYSTEMS[name].missing() for name in arguments.systems if name not in installed}
     for name, packages in not_installed.items():
         print(f"{name}: not installed ({', '.join(packages)})", file=sys.stderr)
-    conditions = {
-        "command": shlex.join(["python", "-m", "scripts.bench.benchmark", *(sys.argv[1:] if argv is None else argv)]),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": describe_machine(PACKAGES),
-        "rounds": arguments.rounds,
+    conditions = describe_conditions("benchmark", argv, arguments, device=arguments.device, packages=PACKAGES) | {
         "warm_up_rounds": arguments.warm_up_rounds,
-        "seconds": arguments.seconds,
         "device": arguments.device,
         "workers": workers,
         "not_installed": not_installed,
-        "config_properties": (SERVE_CONFIG / "config.properties").read_text(),
-        "model_config": model_config,
     }
-    images = [file.read_bytes() for file in SAMPLE_FILES]
+    images = read_files()
     try:
         with (
             tempfile.TemporaryDirectory(prefix="benchmark-") as folder,
             start_systems(installed, Workplace(Path(folder), workers, arguments.device)) as running,
         ):
-            differences = check_answers(running, [dithered(image, seed) for seed, image in enumerate(images)])
+            differences = check_answers(running, [dither(image, seed) for seed, image in enumerate(images)])
             print(f"same digits; differences between maps: {differences}", file=sys.stderr)
             measurements = measure(
                 running, images, rounds=arguments.rounds, warm_up_rounds=arguments.warm_up_rounds, seconds=arguments.seconds

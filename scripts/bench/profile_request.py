@@ -1,42 +1,61 @@
 """Time the steps of a request inside a worker, in this process.
 
     python -m scripts.bench.profile_request --archive build/digits.mar
+    python -m scripts.bench.profile_request --start
 
-Loads the archive as a TorchServe worker does, and has it answer batches of raw PNGs. Each step is timed by itself on what the
-step before it gave; all steps take turns, so that a slow moment hits all of them. Microseconds a request, medians.
+Loads the archive as a TorchServe worker does, and has TorchServe's own code receive, answer and pack batches of raw PNGs. A
+stopwatch around the functions of STEPS, where they are looked up, measures each step's own time: the steps add up to the whole.
+Turns with and without the stopwatch alternate, so that a slow moment hits both. Microseconds a request, medians.
+
+`--start` shows instead what a worker's start and memory are made of: it imports what a worker imports, one module after another,
+loads the archive and answers batches, and after each step reads the time and the resident memory. So this module itself imports
+little, and that late.
 """
 
 import argparse
+import contextlib
+import functools
+import importlib
 import json
 import logging
 import socket
+import statistics
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from tqdm import tqdm
-from ts.context import Context, RequestProcessor
-from ts.model_loader import ModelLoaderFactory
-from ts.protocol import otf_message_handler
-from ts.protocol.otf_message_handler import create_predict_response
+import psutil
 
-from handler.gradients.explain import Explanation, predict_and_explain
-from handler.gradients.methods import softmax
-from handler.images.decode import decode_image
-from handler.images.digits import prepare_digit
-from handler.preprocess import Prepared, preprocess
-from handler.protocol.reply import Maps, Reply, Result, render_results
-from handler.protocol.request import parse_request, read_correlation_id
-from handler.runtime.metrics import Meter, answer_of
-from handler.runtime.metrics import Step as MeteredStep
-from scripts.paths import ARCHIVE, SAMPLE_FILES
+from scripts.bench.arguments import read_count, read_positive, read_seconds
+from scripts.paths import ARCHIVE, SAMPLE_FILES, SERVE_CONFIG
+from scripts.tables import render_markdown
+
+ENTRY = "all else in the handler (saliency_handler.py)"
+# A step -> its functions, as MODULE:NAME or MODULE:CLASS.NAME, of the archive or of TorchServe.
+STEPS: Mapping[str, Sequence[str]] = {
+    "receive the batch (torchserve.py)": ["ts.protocol.otf_message_handler:retrieve_msg"],
+    "TorchServe's own work around the handler": ["ts.service:Service.predict"],
+    "read the request (protocol/request.py)": ["handler.protocol.request:parse_request"],
+    "decode the PNG (images/decode.py)": ["handler.images.decode:decode_image"],
+    "preprocess it (images/digits.py)": ["handler.images.digits:prepare_digit"],
+    "score and differentiate (gradients)": ["handler.gradients.explain:predict_and_explain"],
+    "write the JSON (protocol/reply.py)": ["handler.protocol.reply:render_results"],
+    "count (runtime/metrics.py)": [
+        "handler.runtime.metrics:answer_of",
+        *(f"handler.runtime.metrics:Meter.{method}" for method in ("start", "lap", "see", "finish")),
+    ],
+    ENTRY: [],  # TorchServe holds the handler's bound method; `find_places` names that place
+    "pack the replies (TorchServe)": ["ts.protocol.otf_message_handler:create_predict_response"],
+}
+WHOLE = "all of it, without the stopwatch"
+RECEIVED_BY_FIELDS = "receive the batch as TorchServe does by itself"
 
 HEADERS = {  # as a client sends them and the frontend adds to them
     "Host": "127.0.0.1:8080",
@@ -45,186 +64,335 @@ HEADERS = {  # as a client sends them and the frontend adds to them
     "Content-Type": "image/png",
     "explain": "True",
 }
-WHOLE = "all of it, as TorchServe calls it"
+SEND_TIMEOUT_S = 10.0  # a batch that does not fit into the socket's buffer is never sent
+WARM_UP_BATCHES = 3
 
-NOTED = (MeteredStep.DECODE, *[MeteredStep.ENCODE, MeteredStep.MAP, MeteredStep.FORWARD, MeteredStep.BACKWARD] * 2)
+IMPORTS = {  # in a worker's order: a module that several need counts for the first
+    "torch": "torch, which runs the network",
+    "ts.model_service_worker": "TorchServe's worker",
+    "ts.torch_handler.base_handler": "TorchServe's BaseHandler",
+    "handler.images.decode": "Pillow and images/decode.py: image files",
+    "handler.images.digits": "scipy.ndimage and images/digits.py: the ink in a photograph",
+    "saliency_handler": "the rest of the handler",
+}
+START_BATCH_SIZES = (1, 8, 32)
+REPEATED = 20  # batches of each size
+MIB = 2**20
 
-Step = Callable[[], object]
+Place = tuple[Any, str, object]  # a module, class or object; a name in it; what is to stand there
 
 
-def load_handler(archive: Path, folder: Path, device: str = "cpu") -> tuple[Any, Context]:
-    """Unpack an archive and load its handler as a worker does.
+class ProfileError(RuntimeError):
+    """Nothing can be measured; the message says why, for a person."""
 
-    Args:
-        device: "cpu", or "gpu" for the first one.
-    Returns:
-        the handler, and the context that it is called with.
-    """
+
+# --- a worker
+
+
+class Worker:
+    """A worker's end of a connection to TorchServe's frontend, with the service that an archive makes, in this process."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        """Load an unpacked archive as a worker does.
+
+        Args:
+            device: "cpu", or "gpu" for the first one.
+        """
+        import torch
+        from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+        from ts.model_loader import TsModelLoader
+        from ts.protocol import otf_message_handler
+
+        torch.set_num_threads(1)
+        self.protocol: Any = otf_message_handler
+        before = dict(vars(otf_message_handler))
+        metrics = MetricsCacheYamlImpl(config_file_path=str(SERVE_CONFIG / "metrics.yaml"))
+        metrics.initialize_cache()
+        manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
+        self.service = TsModelLoader().load(
+            manifest["modelName"],
+            str(folder),
+            manifest["handler"],
+            gpu_id=0 if device == "gpu" else None,
+            batch_size=1,
+            metrics_cache=metrics,
+        )
+        # TorchServe's protocol as it was before the handler changed it.
+        self.untouched: list[Place] = [
+            (otf_message_handler, name, value) for name, value in before.items() if vars(otf_message_handler)[name] is not value
+        ]
+        self.frontend, self.connection = socket.socketpair()
+        self.frontend.settimeout(SEND_TIMEOUT_S)
+        self.service.set_cl_socket(self.connection)
+
+    def close(self) -> None:
+        """End the connection."""
+        self.frontend.close()
+        self.connection.close()
+
+    def receive(self, message: bytes) -> tuple[Any, float]:
+        """Send a batch to the worker, and receive it there.
+
+        Returns:
+            the batch as the service takes it, and the seconds that receiving took.
+        """
+        self.frontend.sendall(message)
+        started = time.perf_counter()
+        _, batch = self.protocol.retrieve_msg(self.connection)
+        return batch, time.perf_counter() - started
+
+    def answer(self, message: bytes) -> float:
+        """Receive and answer a batch, as a worker does but for sending the replies. Returns the seconds that it took."""
+        batch, received_s = self.receive(message)
+        started = time.perf_counter()
+        self.service.predict(batch)
+        return received_s + time.perf_counter() - started
+
+    def require_good_replies(self, message: bytes, batch_size: int) -> None:
+        """Answer a batch, and check the replies' statuses.
+
+        Raises:
+            ProfileError: one is not 200.
+        """
+        self.answer(message)
+        statuses = {self.service.context.get_response_status(index)[0] for index in range(batch_size)}
+        if statuses != {200}:
+            raise ProfileError(f"expected replies with the status 200, got {sorted(statuses, key=str)}")
+
+
+def unpack(archive: Path, folder: Path) -> None:
+    """Unpack an archive, and let Python import from it first."""
     with zipfile.ZipFile(archive) as opened:
         opened.extractall(folder)
-    manifest = json.loads((folder / "MAR-INF" / "MANIFEST.json").read_text())["model"]
-    sys.path.insert(0, str(folder))  # for its entry module; the package `handler` is the repo's, which it was built from
-    loader = ModelLoaderFactory.get_model_loader()
-    gpu_id = 0 if device == "gpu" else None
-    service = loader.load(manifest["modelName"], str(folder), manifest["handler"], batch_size=1, gpu_id=gpu_id)
-    return service._entry_point.__self__, service.context
+    sys.path.insert(0, str(folder))
 
 
-def build_steps(handler: Any, context: Context, batch_size: int) -> dict[str, Step]:  # noqa: ANN401  # of the archive
-    """What a worker does with a batch, step by step, each ready to be called again and again."""
-    contents = [SAMPLE_FILES[index % len(SAMPLE_FILES)].read_bytes() for index in range(batch_size)]
-    rows = [{"body": bytearray(content)} for content in contents]
-    _, height, width = handler.input_shape
-    requests = [parse_request(row, HEADERS, handler.class_count) for row in rows]
-    images = [decode_image(content).grey for content in contents]
-    prepared = [preprocess(request, height, width) for request in requests]
-    pixels = torch.from_numpy(np.stack([one.questions[0].pixels for one in prepared])[:, None])
-
-    def explain() -> tuple[NDArray[np.floating], list[Explanation | None]]:
-        return predict_and_explain(handler.differentiable, pixels.to(handler.device), [(None,)] * batch_size)
-
-    logits, explanations = explain()
-    probabilities = softmax(logits)
-
-    def result(index: int, one: Prepared) -> Result:
-        explanation, question = explanations[index], one.questions[0]
-        assert explanation is not None
-        maps = Maps(explanation.classes, explanation.maps.squeeze(1))
-        return Result(
-            question.options, logits[index], probabilities[index], maps, question.describe_preparation(), question.pixels
-        )
-
-    results = [result(index, one) for index, one in enumerate(prepared)]
-
-    meter, reply = Meter(handler.class_count, None), Reply(200, "", b"")
-
-    def note() -> None:
-        meter.start()
-        for step in NOTED:
-            meter.lap(step)
-        meter.see(logits)
-        meter.finish([answer_of(one, reply, explain_route=True) for one in prepared])
-        for _ in rows:
-            read_correlation_id(HEADERS)
-
-    def handle() -> list[bytes]:
-        context.request_processor = [RequestProcessor(dict(HEADERS)) for _ in rows]
-        replies: list[bytes] = handler.handle(rows, context)
-        return replies
-
-    replies = handle()
-    message = write_message(contents)
-    frontend, worker = socket.socketpair()
-    receiver = otf_message_handler._retrieve_buffer  # by now the handler's
-
-    def receive() -> None:
-        frontend.sendall(message)
-        otf_message_handler.retrieve_msg(worker)
-
-    def receive_by_fields() -> None:
-        otf_message_handler._retrieve_buffer = receiver.by_fields
-        otf_message_handler._retrieve_request = receiver.request_by_fields
-        receive()
-        otf_message_handler._retrieve_buffer = receiver
-        otf_message_handler._retrieve_request = receiver.receive_request
-
-    ids = {index: f"{index:036}" for index in range(batch_size)}
-    return {
-        "receive it, in pieces (worker_socket.py)": receive,
-        "the same by fields, as TorchServe by itself does": receive_by_fields,
-        "read the request (request.py)": lambda: [parse_request(row, HEADERS, handler.class_count) for row in rows],
-        "decode the PNG (decode.py)": lambda: [decode_image(content) for content in contents],
-        "see that it is canonical (canonical.py)": lambda: [prepare_digit(grey, height, width) for grey in images],
-        "score and differentiate (saliency.py)": explain,
-        "write the JSON (reply.py)": lambda: [
-            render_results([one], request.reply_format, handler.model_description, listed=False, infer=None)
-            for one, request in zip(results, requests, strict=True)
-        ],
-        "note what was done (metrics.py)": note,
-        WHOLE: handle,
-        "TorchServe's own packing of the replies": lambda: create_predict_response(replies, ids, "", 200, context),
-    }
-
-
-def write_message(contents: Sequence[bytes]) -> bytes:
-    """Write a batch of requests as TorchServe's frontend sends it to a worker: each a raw body with HEADERS."""
+def write_message(batch_size: int) -> bytes:
+    """Write a batch of requests as TorchServe's frontend sends it to a worker: sample digits as raw bodies, with HEADERS."""
     end = (0xFFFFFFFF).to_bytes(4)
 
     def text(content: bytes) -> bytes:
         return len(content).to_bytes(4) + content
 
+    contents = [SAMPLE_FILES[index % len(SAMPLE_FILES)].read_bytes() for index in range(batch_size)]
     headers = b"".join(text(name.encode()) + text(value.encode()) for name, value in HEADERS.items()) + end
     bodies = [text(b"body") + text(HEADERS["Content-Type"].encode()) + text(content) + end for content in contents]
     return b"I" + b"".join(text(f"{index:036}".encode()) + headers + body for index, body in enumerate(bodies)) + end
 
 
-def time_steps(steps: dict[str, Step], seconds: float, pause: float = 0.0) -> dict[str, float]:
-    """Median time of one call of each step, in microseconds; all take turns.
+# --- the steps of a request
+
+
+class Stopwatch:
+    """The own time of steps: what their functions take, less what functions of other steps take inside them.
+
+    Attributes:
+        own_s: seconds of each step so far.
+    """
+
+    def __init__(self) -> None:
+        self.own_s: dict[str, float] = defaultdict(float)
+        self._inner_s = [0.0]  # of each call that runs now: the time of the timed calls inside it
+
+    def wrap(self, step: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Make a function that does the same and counts its time for a step."""
+
+        @functools.wraps(function)
+        def timed(*arguments: Any, **options: Any) -> Any:  # noqa: ANN401  # as the function has it
+            self._inner_s.append(0.0)
+            started = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                taken_s = time.perf_counter() - started
+                self.own_s[step] += taken_s - self._inner_s.pop()
+                self._inner_s[-1] += taken_s
+
+        return timed
+
+    def read(self) -> dict[str, float]:
+        """Give the times so far, and start again."""
+        own_s, self.own_s = dict(self.own_s), defaultdict(float)
+        return own_s
+
+
+@contextlib.contextmanager
+def replaced(places: Sequence[Place]) -> Iterator[None]:
+    """Put other functions in their places, for a while."""
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    for owner, name, other in places:
+        setattr(owner, name, other)
+    try:
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+
+def find_places(worker: Worker, stopwatch: Stopwatch, steps: Mapping[str, Sequence[str]]) -> list[Place]:
+    """Find every place where a function of the steps is looked up, in its class or in modules, and what times it there.
+
+    Raises:
+        ProfileError: there is no function of that name.
+    """
+    places: list[Place] = [(worker.service, "_entry_point", stopwatch.wrap(ENTRY, worker.service._entry_point))]
+    modules = [module for module in sys.modules.values() if isinstance(module, ModuleType)]
+    for step, functions in steps.items():
+        for function in functions:
+            module_name, _, path = function.partition(":")
+            class_name, _, name = path.rpartition(".")
+            try:
+                owner: Any = importlib.import_module(module_name)
+                owner = getattr(owner, class_name) if class_name else owner
+                original = getattr(owner, name)
+            except (ImportError, AttributeError) as error:
+                raise ProfileError(f"expected STEPS to name a function, got {function}: {error}") from error
+            timed = stopwatch.wrap(step, original)
+            if class_name:
+                places.append((owner, name, timed))
+            else:
+                places += [(user, alias, timed) for user in modules for alias, value in vars(user).items() if value is original]
+    return places
+
+
+def time_steps(worker: Worker, batch_size: int, seconds: float, pause_s: float = 0.0) -> dict[str, float]:
+    """Measure the median time of each step of a batch, in microseconds.
 
     Args:
-        seconds: for all of them.
-        pause: seconds before each call in which this process does nothing, as a worker of a lone client.
+        seconds: for all of it.
+        pause_s: before each batch this process sleeps so long, as the worker of a lone client does.
+    Raises:
+        ProfileError: a reply is not good, or STEPS names what is not there.
     """
-    durations_us: dict[str, list[float]] = {name: [] for name in steps}
+    from tqdm import tqdm
+
+    message = write_message(batch_size)
+    for _ in range(WARM_UP_BATCHES):
+        worker.require_good_replies(message, batch_size)
+    stopwatch = Stopwatch()
+    timed = find_places(worker, stopwatch, STEPS)
+    taken_s: dict[str, list[float]] = {name: [] for name in (*STEPS, WHOLE, RECEIVED_BY_FIELDS)}
     deadline = time.perf_counter() + seconds
-    with tqdm(desc="turns", unit="turn", disable=None) as progress:
+    with tqdm(desc=f"batches of {batch_size}", unit="turn", disable=None) as progress:
         while time.perf_counter() < deadline:
-            for name, step in steps.items():
-                if pause:
-                    time.sleep(pause)
-                started = time.perf_counter()
-                step()
-                durations_us[name].append((time.perf_counter() - started) * 1e6)
+            time.sleep(pause_s)
+            taken_s[WHOLE].append(worker.answer(message))
+            time.sleep(pause_s)
+            with replaced(timed):
+                worker.answer(message)
+            for step, own_s in stopwatch.read().items():
+                taken_s[step].append(own_s)
+            time.sleep(pause_s)
+            with replaced(worker.untouched):
+                taken_s[RECEIVED_BY_FIELDS].append(worker.receive(message)[1])
             progress.update()
-    return {name: float(np.median(times)) for name, times in durations_us.items()}
+    unused = [step for step in STEPS if not taken_s[step]]
+    if unused:
+        raise ProfileError(f"expected a request to take every step of STEPS, got none that took: {', '.join(unused)}")
+    return {name: statistics.median(times) * 1e6 for name, times in taken_s.items()}
 
 
-def render_table(medians_us: dict[int, dict[str, float]]) -> str:
+def render_steps(medians_us: Mapping[int, Mapping[str, float]]) -> str:
     """Write microseconds a request, one column a batch size, as Markdown.
 
     Args:
         medians_us: by batch size, of each step, for the whole batch.
     """
     sizes = list(medians_us)
-    lines = [
-        "| microseconds a request | " + " | ".join(f"batch {size}" for size in sizes) + " |",
-        "| --- |" + " --- |" * len(sizes),
-    ]
-    names = list(medians_us[sizes[0]])
-    lines += [f"| {name} | " + " | ".join(f"{medians_us[size][name] / size:.0f}" for size in sizes) + " |" for name in names]
-    return "\n".join(lines)
+    rows = [[name, *(f"{medians_us[size][name] / size:.0f}" for size in sizes)] for name in medians_us[sizes[0]]]
+    return render_markdown(["microseconds a request", *(f"batch {size}" for size in sizes)], rows)
+
+
+# --- a worker's start
+
+
+@dataclass(frozen=True, slots=True)
+class StartStep:
+    """One step of a worker's start: the seconds that it took, and the MiB that were resident after it."""
+
+    title: str
+    seconds: float
+    resident_mib: float
+
+
+def start_worker(archive: Path, folder: Path, device: str) -> Iterator[StartStep]:
+    """Start a worker step by step, and measure each.
+
+    Args:
+        archive: whose handler is loaded.
+        folder: an empty one, for its files.
+    """
+    yield _measure_step("Python itself", lambda: None)
+    unpack(archive, folder)
+    for name, title in IMPORTS.items():
+        yield _measure_step(title, functools.partial(importlib.import_module, name))
+    workers: list[Worker] = []
+    yield _measure_step("the archive: network, compiled pass and its check", lambda: workers.append(Worker(folder, device)))
+    for size in START_BATCH_SIZES:
+        message = write_message(size)
+        yield _measure_step(f"{REPEATED} batches of {size}", functools.partial(_answer_again, workers[0], message))
+    workers[0].close()
+
+
+def _answer_again(worker: Worker, message: bytes) -> None:
+    for _ in range(REPEATED):
+        worker.answer(message)
+
+
+def _measure_step(title: str, step: Callable[[], object]) -> StartStep:
+    started = time.perf_counter()
+    step()
+    return StartStep(title, time.perf_counter() - started, psutil.Process().memory_info().rss / MIB)
+
+
+def render_start(steps: Sequence[StartStep]) -> str:
+    """Write the steps as Markdown."""
+    rows = [(step.title, f"{step.seconds:.2f}", f"{step.resident_mib:.0f}") for step in steps]
+    return render_markdown(("a worker's step", "seconds", "MiB resident after it"), rows)
+
+
+# --- the command
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.bench.profile_request",
-        description="Time the steps of a request inside a worker.",
+        description="Time the steps of a request inside a worker, or of the worker's start.",
         epilog="example: %(prog)s --batch-sizes 1 8 32",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--archive", type=Path, default=ARCHIVE)
-    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each batch size")
+    parser.add_argument("--archive", type=Path, default=ARCHIVE, help="whose code is timed")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="where the network runs")
+    parser.add_argument("--start", action="store_true", help="time a worker's start, and show its memory, instead")
+    parser.add_argument("--batch-sizes", type=read_count, nargs="+", default=[1, 8], help="requests a batch")
+    parser.add_argument("--seconds", type=read_positive, default=5.0, help="for each batch size")
     parser.add_argument(
-        "--pause", type=float, default=0.0, help="seconds of sleep before each step, as between a lone client's requests"
+        "--pause", type=read_seconds, default=0.0, help="seconds of sleep before each batch, as between a lone client's requests"
     )
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Time and print. Returns the exit code."""
+    """Measure and print. Returns the exit code: 1 where nothing can be measured."""
     arguments = build_parser().parse_args(argv)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        handler, context = load_handler(arguments.archive, Path(folder), arguments.device)
-        logging.disable(logging.INFO)
-        medians_us = {
-            size: time_steps(build_steps(handler, context, size), arguments.seconds, arguments.pause)
-            for size in arguments.batch_sizes
-        }
-    print(render_table(medians_us))
+    printing = logging.StreamHandler()
+    printing.setLevel(logging.ERROR)
+    logging.basicConfig(level=logging.INFO, handlers=[printing], force=True)  # as a worker logs, and only errors are shown
+    try:
+        with tempfile.TemporaryDirectory(prefix="profile-") as name:
+            folder = Path(name)
+            if arguments.start:
+                print(render_start(list(start_worker(arguments.archive, folder, arguments.device))))
+                return 0
+            unpack(arguments.archive, folder)
+            worker = Worker(folder, arguments.device)
+            sizes = arguments.batch_sizes
+            print(render_steps({size: time_steps(worker, size, arguments.seconds, arguments.pause) for size in sizes}))
+            worker.close()
+    except (ProfileError, OSError, zipfile.BadZipFile) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

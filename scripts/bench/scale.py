@@ -2,10 +2,10 @@
 
     python -m scripts.bench.scale --rounds 3 --seconds 2
 
-Starts the service with the committed settings, once for each number of workers; those servers stay up, idle, and are measured in
-turn. All but the first question are asked of the server with the most workers. Everything is measured in rounds, so that a slow
-minute of the machine spreads over all points; a point is the median of its rounds. Writes every single number as JSON and draws
-the medians as one image, which `--draw FILE.json` draws again.
+Starts the service with the committed settings, once for each number of workers; those servers stay up and are measured in turn.
+All but the first question are asked of the server with the most workers. Everything is measured in rounds, so that a slow minute
+of the machine spreads over all points; a point is the median of its rounds. Writes every number as JSON and draws the medians as
+one figure, which `--draw FILE.json` draws again.
 """
 
 import argparse
@@ -30,11 +30,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from model.photograph import ink_of
-from scripts.bench.benchmark import BUSY_CONNECTIONS, HEADERS, LONE_CONNECTION
-from scripts.bench.load import Call, build_call
-from scripts.bench.load_test import is_right_form, read_connections, read_positive
-from scripts.bench.measure_load import Load, describe_conditions, explanation_calls, measure_load, read_count
-from scripts.paths import MODEL_NAME, ROOT, SAMPLE_FILES, SAMPLE_IMAGE
+from scripts.bench.arguments import read_count, read_counts, read_positive
+from scripts.bench.digit_requests import BINARY, build_calls, is_right_form
+from scripts.bench.digits import read_files, read_levels
+from scripts.bench.load import Call, Figures, Load, build_call
+from scripts.bench.rounds import BUSY_CONNECTIONS, LONE_CONNECTION, closed_load, describe_conditions, measure
+from scripts.paths import ARCHIVE, BUILD, MODEL_NAME, ROOT, SAMPLE_IMAGE
 from scripts.serving.launcher import Ports, ServeError, Settings, TorchServe
 
 if TYPE_CHECKING:
@@ -43,8 +44,10 @@ if TYPE_CHECKING:
 SIDES_PX = (28, 64, 256, 1000, 2000, 4000)  # the last is the largest square that the service takes
 IMAGE_COUNTS = (1, 4, 16, 64, 256, 1024)  # the last is the most that the service takes
 CONNECTIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+FIGURE = ROOT / ".github" / "scaling.png"
 FORMATS = {"JPEG": "JPEG, colour photograph", "PNG": "PNG, grey scan"}
 PROTOCOLS = {"npy": ".npy in, .npy out", "kserve": "KServe v1, JSON in and out"}
+OLD_QUESTIONS = {"pictures": "images"}  # as runs of older versions wrote them
 DIGIT_SHARE = 0.6  # of a drawn image's side, by its digit
 PAPER, INK = 205.0, 45.0  # grey levels
 GRAIN = 3.0  # standard deviation, in grey levels: what a camera adds, and what makes files large
@@ -65,7 +68,7 @@ class Point:
         x: workers, pixels a side, images a request or connections.
         round_index: from 0.
         request_bytes: of the largest of the requests, head and body.
-        load: what came of it.
+        load: its figures.
     """
 
     question: str
@@ -73,26 +76,24 @@ class Point:
     x: int
     round_index: int
     request_bytes: int
-    load: Load
+    load: Figures
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What one point needs: requests, their address, and how many connections; several of these where the best counts."""
+    """The loads that one point needs; where there are several, the best of their figures counts."""
 
     question: str
     series: str
     x: int
-    address: str
-    calls: Sequence[Call]
-    connections: Sequence[int]
+    loads: Sequence[Load]
 
 
 # --- what is sent
 
 
 def draw_on_paper(side_px: int, image_format: str) -> bytes:
-    """A digit on paper, as a photograph or scan of any size: (side, side) pixels, an image file of a format of FORMATS."""
+    """Draw a digit on paper, as a photograph or scan: (side, side) pixels, an image file of a format of FORMATS."""
     with Image.open(SAMPLE_IMAGE) as image:
         ink = ink_of(np.asarray(image.convert("L")))  # (h, w)
     scale = DIGIT_SHARE * side_px / max(ink.shape)
@@ -115,22 +116,19 @@ def _levels(grey: NDArray[np.float32]) -> NDArray[np.uint8]:
 
 
 def many_images_call(address: str, protocol: str, count: int) -> Call:
-    """One request for the explanations of many images, canonical ones.
+    """Write one request for the explanations of many images, all 28x28 digits.
 
     Args:
         protocol: a key of PROTOCOLS.
     """
-    files = [SAMPLE_FILES[index % len(SAMPLE_FILES)] for index in range(count)]
     if protocol == "npy":
-        levels = []
-        for file in files:
-            with Image.open(file) as image:
-                levels.append(np.asarray(image))
+        levels = read_levels()
         content = io.BytesIO()
-        np.save(content, np.stack(levels))  # uint8 (count, 28, 28)
-        headers = {**HEADERS, "Accept": "application/x-npy"}
+        np.save(content, levels[np.arange(count) % len(levels)])  # uint8 (count, 28, 28)
+        headers = {**BINARY, "Accept": "application/x-npy"}
         return build_call(protocol, address, f"/explanations/{MODEL_NAME}", content.getvalue(), headers)
-    instances = [{"data": base64.b64encode(file.read_bytes()).decode()} for file in files]
+    files = read_files()
+    instances = [{"data": base64.b64encode(files[index % len(files)]).decode()} for index in range(count)]
     body = orjson.dumps({"instances": instances})
     return build_call(protocol, address, f"/v1/models/{MODEL_NAME}:explain", body, {"Content-Type": "application/json"})
 
@@ -152,72 +150,71 @@ def has_all_maps(count: int, protocol: str, body: bytes) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """How far each question goes."""
+    """The points of each question but the first."""
 
     sides_px: Sequence[int] = SIDES_PX
     image_counts: Sequence[int] = IMAGE_COUNTS
     connections: Sequence[int] = CONNECTIONS
 
 
-def list_tasks(addresses: Mapping[int, str], extent: Extent) -> list[Task]:
-    """Every point of every question.
+def list_tasks(addresses: Mapping[int, str], extent: Extent, seconds: float) -> list[Task]:
+    """List every point of every question.
 
     Args:
         addresses: of the servers, by their number of workers.
+        seconds: of each load; a request that takes longer is waited for.
     """
     most = addresses[max(addresses)]
-    lone = (LONE_CONNECTION,)
+    digits = read_files()
+
+    def explaining(address: str, images: Sequence[bytes], *connections: int) -> list[Load]:
+        calls = build_calls("explain", address, images)
+        return [closed_load(address, calls, count, seconds) for count in connections]
+
+    def alone(call: Call) -> list[Load]:
+        return [closed_load(most, [call], LONE_CONNECTION, seconds)]
+
     return [
+        *(Task("workers", "", workers, explaining(address, digits, *BUSY_CONNECTIONS)) for workers, address in addresses.items()),
         *(
-            Task("workers", "", workers, address, explanation_calls(address), BUSY_CONNECTIONS)
-            for workers, address in addresses.items()
-        ),
-        *(
-            Task("sides", name, side, most, explanation_calls(most, [draw_on_paper(side, name)]), lone)
+            Task("sides", name, side, explaining(most, [draw_on_paper(side, name)], LONE_CONNECTION))
             for name in FORMATS
             for side in extent.sides_px
         ),
         *(
-            Task("images", name, count, most, [many_images_call(most, name, count)], lone)
+            Task("images", name, count, alone(many_images_call(most, name, count)))
             for name in PROTOCOLS
             for count in extent.image_counts
         ),
-        *(Task("connections", "", count, most, explanation_calls(most), (count,)) for count in extent.connections),
+        *(Task("connections", "", count, explaining(most, digits, count)) for count in extent.connections),
     ]
 
 
-def measure(tasks: Sequence[Task], *, rounds: int, seconds: float) -> list[Point]:
-    """Measure all points, round by round, after a first round that is not kept; every other round backwards.
-
-    Args:
-        seconds: of each load; a request that takes longer is waited for.
-    """
+def measure_tasks(tasks: Sequence[Task], *, rounds: int) -> list[Point]:
+    """Measure all points, round by round, after a first round that is not kept; every other round backwards."""
     points = []
     with tqdm(total=(rounds + 1) * len(tasks), unit="point", disable=None) as progress:
         for round_index in range(-1, rounds):  # -1: the JVM has compiled nothing yet
             for task in tasks if round_index % 2 == 0 else reversed(tasks):
                 progress.set_postfix_str(f"{task.question} {task.x} {task.series}".rstrip())
-                point = _measure_once(task, round_index, seconds)
+                point = _measure_once(task, round_index)
                 progress.update()
                 if round_index >= 0:
                     points.append(point)
     return points
 
 
-def _measure_once(task: Task, round_index: int, seconds: float) -> Point:
+def _measure_once(task: Task, round_index: int) -> Point:
     right = functools.partial(has_all_maps, task.x) if task.question == "images" else is_right_form
-    loads = [
-        measure_load(task.address, task.calls, connections=connections, seconds=seconds, has_right_form=right)
-        for connections in task.connections
-    ]
-    failed = [load for load in loads if not load.is_good]
-    load = failed[0] if failed else max(loads, key=lambda load: load.rate)
-    request_bytes = max(len(call.request) for call in task.calls)
-    return Point(task.question, task.series, task.x, round_index, request_bytes, load)
+    figures = [measure(load, right) for load in task.loads]
+    failed = [one for one in figures if not one.is_good]
+    chosen = failed[0] if failed else max(figures, key=lambda one: one.rate)
+    request_bytes = max(len(call.request) for load in task.loads for call in load.calls)
+    return Point(task.question, task.series, task.x, round_index, request_bytes, chosen)
 
 
 def describe_errors(points: Sequence[Point]) -> list[str]:
-    """What went wrong, a line a point; such points are not drawn."""
+    """Say what went wrong, a line a point; such points are not drawn."""
     return [
         f"{point.question} {point.x} {point.series}, round {point.round_index}: {point.load.error_counts or 'no reply in time'}"
         for point in points
@@ -227,24 +224,24 @@ def describe_errors(points: Sequence[Point]) -> list[str]:
 
 # --- drawing
 
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito's, which the colour-blind can tell apart
+BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito, which colour-blind readers can tell apart
 ABOVE, BELOW = 4, -4  # points, of a number from its marker, where two markers are close
 
 
-def medians(points: Sequence[Point], question: str, series: str, figure: str) -> tuple[list[int], list[float]]:
-    """Where to draw: x, and the median over the rounds of a figure of Load; only where every round was good.
+def medians(points: Sequence[Point], question: str, series: str, field: str) -> tuple[list[int], list[float]]:
+    """Find what to draw: x, and the median over the rounds of a field of Figures; only where every round was good.
 
     Raises:
         ScaleError: there is no such x.
     """
-    chosen: dict[int, list[Load]] = {}
+    chosen: dict[int, list[Figures]] = {}
     for point in points:
         if (point.question, point.series) == (question, series):
             chosen.setdefault(point.x, []).append(point.load)
-    good = {x: loads for x, loads in sorted(chosen.items()) if all(load.is_good for load in loads)}
+    good = {x: figures for x, figures in sorted(chosen.items()) if all(one.is_good for one in figures)}
     if not good:
         raise ScaleError(f"no point of {question} {series} is good")
-    return list(good), [median(getattr(load, figure) for load in loads) for loads in good.values()]
+    return list(good), [median(getattr(one, field) for one in figures) for figures in good.values()]
 
 
 def draw(points: Sequence[Point], caption: str, file: Path) -> None:
@@ -273,7 +270,7 @@ def draw(points: Sequence[Point], caption: str, file: Path) -> None:
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png")
     with Image.open(drawn) as image:
-        image.convert("RGB").quantize(64).save(file, optimize=True)  # a third of the bytes, and nothing to be seen of it
+        image.convert("RGB").quantize(64).save(file, optimize=True)  # a third of the bytes, with no visible loss
 
 
 def _draw_workers(axes: "Axes", points: Sequence[Point]) -> None:
@@ -316,9 +313,9 @@ def _draw_connections(upper: "Axes", lower: "Axes", points: Sequence[Point]) -> 
     _write_last(upper, counts, rates, "/s", BLUE)
     upper.set(title="Clients at once", ylabel="explanations/s", ylim=(0, 1.25 * max(rates)))
     upper.tick_params(labelbottom=False)
-    for figure, colour, marker, shift in (("p99_ms", ORANGE, "s", ABOVE), ("p50_ms", GREEN, "o", BELOW)):
-        counts, latencies = medians(points, "connections", "", figure)
-        lower.loglog(counts, latencies, marker=marker, color=colour, label=figure.removesuffix("_ms"))
+    for field, colour, marker, shift in (("p99_ms", ORANGE, "s", ABOVE), ("p50_ms", GREEN, "o", BELOW)):
+        counts, latencies = medians(points, "connections", "", field)
+        lower.loglog(counts, latencies, marker=marker, color=colour, label=field.removesuffix("_ms"))
         _write_last(lower, counts, latencies, " ms", colour, shift)
     lower.set(xlabel="connections, each with one request at a time", ylabel="ms")
     _ticks(lower, counts)
@@ -338,7 +335,7 @@ def _ticks(axes: "Axes", xs: Sequence[int]) -> None:
 
 
 def _finish(axes: "Axes") -> None:
-    """Latencies of any size on a logarithmic axis, in plain numbers."""
+    """Scale an axis of latencies logarithmically, with plain numbers as ticks."""
     axes.set_yscale("log", subs=[])
     low, high = axes.get_ylim()
     step = (1, 2, 5) if high / low < 300 else (1,)
@@ -375,17 +372,22 @@ def read_points(file: Path) -> tuple[dict[str, Any], list[Point]]:
     """Read what `main` wrote: what was measured on, and all points.
 
     Raises:
-        ScaleError: the file is none of these.
+        ScaleError: the file holds something else.
     """
     try:
         conditions = json.loads(file.read_text())
-        return conditions, [Point(**point | {"load": Load(**point["load"])}) for point in conditions.pop("points")]
+        return conditions, [_read_point(point) for point in conditions.pop("points")]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ScaleError(f"{file} holds no points: {error}") from error
 
 
+def _read_point(written: dict[str, Any]) -> Point:
+    question = OLD_QUESTIONS.get(written["question"], written["question"])
+    return Point(**written | {"question": question, "load": Figures(**written["load"])})
+
+
 def write_caption(conditions: Mapping[str, Any]) -> str:
-    """What stands below the image: on what, when, by which command."""
+    """Write the caption of the figure: measured on what, when, by which command."""
     machine, rounds = conditions["machine"], conditions["rounds"]
     return (
         f"{machine['CPU']}, {machine['cores']} cores, shared with the load generator; no GPU. Median of {rounds} round"
@@ -403,11 +405,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=read_count, default=3, help="how often everything is measured")
     parser.add_argument("--seconds", type=read_positive, default=2.0, help="of each load")
-    parser.add_argument("--workers", type=read_connections, default="1,2", help="worker processes of each server")
-    parser.add_argument("--archive", type=Path, default=ROOT / "build" / f"{MODEL_NAME}.mar", help="what is served")
-    parser.add_argument("--output", metavar="FILE", type=Path, default=Path("build/scale.json"), help="all single numbers")
-    parser.add_argument("--image", metavar="FILE", type=Path, default=Path(".github/scaling.png"), help="what is drawn of them")
-    parser.add_argument("--draw", metavar="FILE", type=Path, help="measure nothing; draw what an earlier run wrote")
+    parser.add_argument("--workers", type=read_counts, default="1,2", help="worker processes of each server")
+    parser.add_argument("--archive", type=Path, default=ARCHIVE, help="what is served")
+    parser.add_argument("--output", metavar="FILE", type=Path, default=BUILD / "scale.json", help="all single numbers")
+    parser.add_argument("--image", metavar="FILE", type=Path, default=FIGURE, help="the figure drawn of them")
+    parser.add_argument("--draw", metavar="FILE", type=Path, help="measure nothing: draw again what this file holds")
     return parser
 
 
@@ -416,7 +418,7 @@ def main(argv: Sequence[str] | None = None, extent: Extent = Extent()) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         if arguments.draw is None:
-            conditions, points = _measure_all(arguments, extent, sys.argv[1:] if argv is None else argv)
+            conditions, points = _measure_all(arguments, extent, argv)
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             content = {**conditions, "points": [asdict(point) for point in points]}
             arguments.output.write_text(json.dumps(content, indent=1) + "\n")
@@ -432,10 +434,10 @@ def main(argv: Sequence[str] | None = None, extent: Extent = Extent()) -> int:
     return int(bool(errors))
 
 
-def _measure_all(arguments: argparse.Namespace, extent: Extent, argv: Sequence[str]) -> tuple[dict[str, Any], list[Point]]:
+def _measure_all(arguments: argparse.Namespace, extent: Extent, argv: Sequence[str] | None) -> tuple[dict[str, Any], list[Point]]:
     conditions = describe_conditions("scale", argv, arguments)
     with start_servers(arguments.workers, arguments.archive) as addresses:
-        return conditions, measure(list_tasks(addresses, extent), rounds=arguments.rounds, seconds=arguments.seconds)
+        return conditions, measure_tasks(list_tasks(addresses, extent, arguments.seconds), rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

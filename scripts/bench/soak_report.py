@@ -1,15 +1,14 @@
 """The samples of a soak -> figures, gates, text and a page.
 
-Knows nothing of how they were taken. Figures:
+Knows nothing of how the samples were taken. Figures:
 
 - Slope: of a process's resident memory, by least squares through the means of ten equal parts of the window, with a 95 %
-  confidence interval. Samples some seconds apart say nearly the same; the means of parts that are minutes long do not, so that
-  the interval is as wide as it ought to be.
-- p99: of all requests that were answered rightly, the refused ones included; of the first and of the last sixth of the window,
-  which are five minutes of half an hour.
+  confidence interval. Samples a few seconds apart are nearly equal, and taken as independent they would give an interval that is
+  too narrow; the means of parts that are minutes long are independent enough.
+- p99: of all right answers, refusals of bad requests included; of the first and of the last sixth of the window, which are five
+  minutes of half an hour.
 """
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,10 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from scripts.bench.load import Failure, Samples
-from scripts.bench.load_test import PAGE, LoadTestError, draw_svg
+from scripts.bench.load.recording import LoadTestError
+from scripts.bench.load.samples import quantiles_of
+from scripts.pages import draw_svg, render_page
+from scripts.tables import render_aligned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,14 +31,15 @@ if TYPE_CHECKING:
 MIB = 2**20
 BLOCKS = 10  # of the window, whose means the slope goes through
 CONFIDENCE = 0.95
-# MiB/h, below which the upper end of a slope's interval has to be: growth is ruled out, not merely unproven. In half an hour that
-# is 32 MiB, as much as the allocator may keep of what was freed (KEPT_BYTES in runtime/malloc.py), in steps at any time. A
-# leak of 200 bytes a request is 69 MiB/h at 100 requests a second.
+# MiB/h: the upper end of a slope's interval must be below it, so that larger growth is ruled out. In half an hour that is 32 MiB,
+# which the allocator may keep of freed memory (KEPT_BYTES in runtime/malloc.py), in steps at any time. A leak of 200 bytes a
+# request is 69 MiB/h at 100 requests a second.
 MAX_SLOPE_MIB_PER_HOUR = 64.0
 MAX_P99_GROWTH = 1.10
-JUDGED_FROM_S = 600.0  # a shorter window says nothing of slopes and of a p99's growth
+JUDGED_FROM_S = 600.0  # in a shorter window slopes and the growth of a p99 mean nothing
 SIXTHS = 6
-PLOTTED_PARTS = 60
+PLOTTED_PARTS = 60  # of the window, in the plots of answers
+PLOTS_INCHES = (11, 8.5)  # of the page's four plots together
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ def estimate_slope(times_s: NDArray[np.float64], values: NDArray[np.float64], bl
 
 @dataclass(frozen=True, slots=True)
 class ProcessSummary:
-    """What a process took. Counts of descriptors and threads are of before and after the window, with nothing to do."""
+    """Memory, descriptors and threads of a process; the latter two of before and after the window, when it is idle."""
 
     name: str
     rss_mib: float
@@ -89,7 +92,7 @@ class ProcessSummary:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it was not there at the end."""
+        """Whether it was gone at the end."""
         return self.descriptors[1] is None
 
 
@@ -106,7 +109,7 @@ class KindSummary:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """A demand, what was found, and whether it is met; None where it could not be judged."""
+    """A demand, what was found, and whether that meets it; None where it could not be judged."""
 
     demand: str
     found: str
@@ -119,7 +122,7 @@ class Gate:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a soak says."""
+    """All figures and gates of a soak."""
 
     about: dict[str, Any]
     requests: int
@@ -140,7 +143,7 @@ def build_report(about: dict[str, Any], samples: Samples) -> Report:
 
     Args:
         about: with the keys that `scripts.bench.soak` writes: `resources` in time, `before` and `after`.
-        samples: of the window, where a wrong answer is a failure, whatever its status.
+        samples: a wrong answer is a failure in them, whatever its status.
     Raises:
         LoadTestError: no request was counted.
     """
@@ -167,7 +170,7 @@ def _latencies_ms(samples: Samples, chosen: NDArray[np.bool_]) -> NDArray[np.flo
 
 
 def _quantile_ms(latencies_ms: NDArray[np.float64], quantile: float) -> float:
-    return float(np.quantile(latencies_ms, quantile)) if len(latencies_ms) else math.nan
+    return float(quantiles_of(latencies_ms, [quantile])[0])
 
 
 def _edge_quantiles_ms(samples: Samples, right: NDArray[np.bool_]) -> tuple[float, float]:
@@ -223,7 +226,7 @@ def _gates_of_answers(about: Mapping[str, Any], samples: Samples) -> list[Gate]:
 
 def _gates_of_processes(about: Mapping[str, Any], processes: Sequence[ProcessSummary], duration_s: float) -> list[Gate]:
     if not processes:
-        return [Gate("processes leave nothing", "they are on another machine, or not named by --management-url", None)]
+        return [Gate("processes leave nothing", "unknown: on another machine, or not named by --management-url", None)]
     ended = [process.name for process in processes if process.has_ended]
     more = [
         f"{process.name} {process.descriptors[0]} -> {process.descriptors[1]}"
@@ -237,7 +240,7 @@ def _gates_of_processes(about: Mapping[str, Any], processes: Sequence[ProcessSum
         Gate("no descriptor left open", ", ".join(more) or "none", not more),
         Gate(
             "no temp file left over",
-            "it is not known where they are" if left is None else ", ".join(left) or "none",
+            "unknown: their folder is not known" if left is None else ", ".join(left) or "none",
             None if left is None else not left,
         ),
         *(_gate_of_memory(process, duration_s) for process in processes),
@@ -290,77 +293,51 @@ def _describe(report: Report) -> list[str]:
     about = report.about
     lines = [
         f"{about['duration_s'] / 60:g} minutes at {about['rate']:.1f} requests/s against {about['url']}, {about['started']}; "
-        f"{report.requests:,} requests, {report.rate:.1f}/s answered rightly",
+        f"{report.requests:,} requests, {report.rate:.1f} right answers/s",
         f"rate: {about['rate_source']}; memory and latencies after {about['warm_up_s']:g} s of warm-up",
     ]
-    return [*lines, "interrupted: shorter than it was to be"] if about["interrupted"] else lines
+    return [*lines, "interrupted: shorter than planned"] if about["interrupted"] else lines
 
 
 def _conclude(report: Report) -> list[str]:
     lines = [str(gate) for gate in report.gates]
     if any(gate.passed is None for gate in report.gates):
-        lines.append(f"slopes and p99 are judged from {JUDGED_FROM_S / 60:g} minutes on")
+        lines.append(f"slopes and p99 are judged in soaks of {JUDGED_FROM_S / 60:g} minutes or more")
     return lines
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+def _tables(report: Report) -> list[tuple[tuple[str, ...], list[tuple[str, ...]]]]:
+    kinds, processes = (KIND_COLUMNS, _kind_rows(report)), (PROCESS_COLUMNS, _process_rows(report))
+    return [kinds, processes] if report.processes else [kinds]
 
 
 def render_text(report: Report) -> str:
-    """The report for a terminal."""
-    lines = [*_describe(report), "", *_aligned([KIND_COLUMNS, *_kind_rows(report)]), ""]
-    if report.processes:
-        lines += [*_aligned([PROCESS_COLUMNS, *_process_rows(report)]), ""]
+    """Write the report for a terminal."""
+    lines = [*_describe(report), ""]
+    for columns, rows in _tables(report):
+        lines += [render_aligned([columns, *rows]), ""]
     lines += _conclude(report)
     lines += [f"{name}: {value}" for name, value in report.about["machine"].items()]
     return "\n".join(lines)
 
 
-def render_page(report: Report, plots: str) -> str:
-    """The report as one HTML page that needs no other file.
+def render_html(report: Report, about: Mapping[str, Any], samples: Samples) -> str:
+    """Write the report as a page, with plots of memory, descriptors, latencies and right answers in time.
 
     Args:
-        plots: of `draw_plots`.
-    """
-    concluded = "".join(
-        f"<p{' class=warning' if line.startswith('FAILED') else ''}>{html.escape(line)}" for line in _conclude(report)
-    )
-    processes = f'<div class="wide"><table>{_heads(PROCESS_COLUMNS)}{_cells(_process_rows(report))}</table></div>'
-    return PAGE.format(
-        title="Soak",
-        described="".join(f"<p>{html.escape(line)}" for line in _describe(report)),
-        concluded=processes + concluded,
-        plots=plots,
-        heads=_heads(KIND_COLUMNS),
-        rows=_cells(_kind_rows(report)),
-        machine=_cells(list(report.about["machine"].items())),
-    )
-
-
-def _heads(names: Sequence[str]) -> str:
-    return "".join(f"<th>{html.escape(name)}" for name in names)
-
-
-def _cells(rows: Sequence[tuple[str, ...]]) -> str:
-    return "".join("<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row) for row in rows)
-
-
-def draw_plots(about: Mapping[str, Any], samples: Samples) -> str:
-    """Draw memory, descriptors, latencies and right answers in time, as an SVG element.
-
-    Args: as `build_report`.
+        about, samples: what the report was built from.
     Raises:
-        LoadTestError: matplotlib is not there.
+        MatplotlibMissing: matplotlib is not installed.
     """
-    return draw_svg("soak", lambda figure: _plot_all(figure, about, samples))
+    return render_page(
+        "load.html",
+        title="Soak",
+        described=_describe(report),
+        tables=_tables(report),
+        concluded=_conclude(report),
+        plots=draw_svg("soak", PLOTS_INCHES, lambda figure: _plot_all(figure, about, samples)),
+        machine=report.about["machine"],
+    )
 
 
 def _plot_all(figure: "Figure", about: Mapping[str, Any], samples: Samples) -> None:

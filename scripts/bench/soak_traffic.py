@@ -1,8 +1,8 @@
-"""What a soak sends, and whether what comes back is right.
+"""The requests of a soak, and the check of their answers.
 
-Good requests by every door beside bad ones of every common kind. An answer is right where it has the status and the error that
-its kind is to have and says the same as the answer to the same request when that was alone: an answer that belongs to another
-client, or that a neighbour has spoilt, says something else. Knows nothing of rates, processes or reports.
+Good requests on every route beside bad ones of every common kind. An answer is right where it has the status and the error that
+its kind calls for, and equals the answer that the same request got alone. An answer that belongs to another client, or that a
+neighbour in the batch has changed, differs from that one. Knows nothing of rates, processes or reports.
 """
 
 import base64
@@ -17,22 +17,24 @@ import orjson
 from numpy.typing import NDArray
 from PIL import Image
 
-from scripts.bench.benchmark import dithered
+from scripts.bench.digit_requests import BINARY
+from scripts.bench.digits import dither
 from scripts.bench.load import Call, build_call
 
-TOLERANCE = 2e-3  # of numbers, absolute and relative: sums of other order in another batch differ by less, other images by more
-PIXEL_TOLERANCE = 1.0  # the same of drawings: mean difference of colours, of 255
-# Of the numbers of a map whose image was prepared: its background is flat, where inputs of max pools tie, and of two that tie
-# either may have the gradient, by the rounding in this batch. Seen are 12 of 784 pixels; maps of two images differ in most.
+# Of numbers, absolute and relative: another order of summation in another batch changes them by less, another image by more.
+TOLERANCE = 2e-3
+PIXEL_TOLERANCE = 1.0  # of drawings: mean difference of colours, of 255
+# Of the numbers of a map whose image was preprocessed. Its background is flat: inputs of max pools tie there, and rounding
+# decides which of them has the gradient. 12 of 784 pixels were seen to differ; maps of two images differ in most.
 TIED_SHARE = 0.05
-KNOWN_REPLIES = 100  # to one call, that are remembered as right; others are compared again
+KNOWN_REPLIES = 100  # to one call, remembered as right; others are compared again
 LARGE_FORM_BYTES = 7_000_000  # over 6.25 MiB a frontend may hold an upload in a temp file
 SEED = 0  # of the noise, and of the order of calls
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A digit's PNG, and the same enlarged, so that the digit in it has to be looked for."""
+    """A digit's PNG, and the same enlarged, which the service has to preprocess."""
 
     label: int
     png: bytes
@@ -55,22 +57,21 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of request, how often it is sent beside the others, and what its answer is to be."""
+    """A kind of request, how often it is sent beside the others, and the answer it calls for."""
 
     name: str
     weight: int
     make: Callable[[Sample], Message]
     status: int = 200
     error: str = ""  # the error's type
-    tied_share: float = 0.0  # of a map's numbers, that may differ
+    tied_share: float = 0.0  # of a map's numbers that may differ
 
     @property
     def is_bad(self) -> bool:
-        """Whether it asks for what cannot be answered."""
+        """Whether the service has to refuse it."""
         return bool(self.error)
 
 
-BINARY = {"Content-Type": "application/octet-stream"}
 JSON = {"Content-Type": "application/json"}
 
 
@@ -131,7 +132,7 @@ EXPLANATIONS, V1_EXPLAIN, V2_EXPLAIN = "/explanations/{model}", "/v1/models/{mod
 KINDS = (
     Kind("predict", 20, lambda s: _predict(s.png)),
     Kind("predict, numbers", 4, lambda s: _json("/predictions/{model}", {"data": _levels_of(s)})),
-    Kind("predict, digit looked for", 4, lambda s: _predict(s.large_png)),
+    Kind("predict, preprocessed", 4, lambda s: _predict(s.large_png)),
     Kind("explain", 14, lambda s: _explain(s.png)),
     Kind("explain, base64", 8, lambda s: _explain(s.png, X_Saliency_Encoding="base64")),
     Kind("explain, npy", 8, lambda s: _explain(s.png, Accept="application/x-npy")),
@@ -163,7 +164,7 @@ KINDS = (
         "RequestTooLarge",
     ),
 )
-RARE = "explain, large form"  # sent once in a turn through all calls
+RARE = "explain, large form"  # sent once in each turn through all calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +188,10 @@ class Traffic:
 
 
 def read_samples(files: Sequence[Path]) -> list[Sample]:
-    """Read digits, named DIGIT-VARIANT.png, with a little noise in them (see `dithered`)."""
+    """Read digits, named DIGIT-VARIANT.png, with a little noise added (see `dither`)."""
     samples = []
     for seed, file in enumerate(files):
-        png = dithered(file.read_bytes(), seed)
+        png = dither(file.read_bytes(), seed)
         with Image.open(io.BytesIO(png)) as image:
             large = io.BytesIO()
             image.resize((112, 112), Image.Resampling.BICUBIC).save(large, format="PNG")
@@ -199,7 +200,7 @@ def read_samples(files: Sequence[Path]) -> list[Sample]:
 
 
 def build_traffic(address: str, model: str, samples: Sequence[Sample]) -> Traffic:
-    """Every kind with every image, as often as its weight says, in an order that is shuffled the same way each time."""
+    """Write every kind of request with every image, as often as its weight says, in an order shuffled the same way each time."""
     calls: list[Call] = []
     counts: list[int] = []
     labels: list[int] = []
@@ -218,7 +219,7 @@ def build_traffic(address: str, model: str, samples: Sequence[Sample]) -> Traffi
 
 
 class Answers:
-    """What the right answers are, learned from requests that were alone, and whether others say the same."""
+    """The right answers, learned from requests that were alone, and the comparison of others with them."""
 
     def __init__(self, traffic: Traffic) -> None:
         self._traffic = traffic
@@ -231,11 +232,11 @@ class Answers:
 
     @property
     def learned_count(self) -> int:
-        """How many of the distinct calls have a right answer."""
+        """Number of distinct calls that have a right answer so far."""
         return len(self._right)
 
     def learn(self, call: int, status: int, body: bytes) -> bool:
-        """Take the answer to a distinct call that was alone. Returns whether it is what its kind's is to be."""
+        """Take the answer to a distinct call that was alone. Returns whether it is the one that its kind calls for."""
         kind = self._kinds[self._names[call]]
         if not is_as_described(kind, self._traffic.labels[call], status, body):
             self._note_wrong(kind.name, status, body)
@@ -264,7 +265,7 @@ class Answers:
 
 
 def is_as_described(kind: Kind, label: int, status: int, body: bytes) -> bool:
-    """Whether an answer has its kind's status and error, and where it is JSON for one image, the digit that was drawn."""
+    """Whether an answer has its kind's status and error and, as JSON for one image, the digit that the image shows."""
     if status != kind.status:
         return False
     if body[:1] != b"{":
@@ -276,7 +277,7 @@ def is_as_described(kind: Kind, label: int, status: int, body: bytes) -> bool:
 
 
 def say_the_same(one: bytes, other: bytes, tied_share: float = 0.0) -> bool:
-    """Whether two replies hold the same but for the rounding of their numbers, and for a share of those of a map."""
+    """Whether two replies are equal but for the rounding of their numbers, and for a share of those of a map."""
     if one == other:
         return True
     try:
@@ -290,7 +291,7 @@ def say_the_same(one: bytes, other: bytes, tied_share: float = 0.0) -> bool:
                 return False
             difference = np.asarray(image.convert("RGB"), np.float32) - np.asarray(second.convert("RGB"), np.float32)
             return bool(np.abs(difference).mean() <= PIXEL_TOLERANCE)
-    except (ValueError, TypeError, EOFError, OSError, SyntaxError):  # the other is of another form, or damaged
+    except (ValueError, TypeError, EOFError, OSError, SyntaxError):  # the other has another form, or is damaged
         return False
 
 
@@ -308,7 +309,7 @@ def _is_close(one: object, other: object, tied_share: float, name: str = "") -> 
 
 
 def _map_of(saliency: object) -> NDArray[np.float32]:
-    """A map as it stands in JSON, nested or base64."""
+    """Read a map from JSON, nested or base64."""
     if isinstance(saliency, str):
         return np.frombuffer(base64.b64decode(saliency, validate=True), "<f4")
     return np.array(saliency, np.float32)

@@ -1,10 +1,10 @@
-"""Measure what each setting of the server is worth: one is changed at a time, from the committed ones.
+"""Measure what each setting of the server is worth: change one at a time, against the committed settings.
 
     python -m scripts.bench.sweep --rounds 3 --seconds 2 --settings batchSize,vmargs
 
 A setting takes effect at the start, and no two starts of a JVM are alike, nor two minutes of a machine. So in every round each
-value gets a server of its own, beside a server with the committed settings that is as young; both are warmed up and then measured
-in turn, and what counts is the ratio of the two. The first row changes nothing: what its ratios stray from 1 is noise.
+value gets a server of its own, beside a server of the same age with the committed settings. Both are warmed up and then measured
+in turn, and the ratio of the two counts. The first row changes nothing: its ratios' distance from 1 is noise.
 """
 
 import argparse
@@ -22,18 +22,22 @@ from typing import Any
 
 from tqdm import tqdm
 
-from scripts.bench.benchmark import BUSY_CONNECTIONS, LONE_CONNECTION, Spread
-from scripts.bench.load_test import read_positive
-from scripts.bench.measure_load import Load, describe_conditions, explanation_calls, measure_load, read_count
-from scripts.paths import MODEL_NAME, ROOT, SERVE_CONFIG
+from scripts.bench.arguments import names_reader, read_count, read_positive
+from scripts.bench.digit_requests import build_calls
+from scripts.bench.digits import read_files
+from scripts.bench.load import Figures
+from scripts.bench.machine import join_facts
+from scripts.bench.rounds import BUSY_CONNECTIONS, LONE_CONNECTION, Spread, closed_load, describe_conditions, measure
+from scripts.paths import ARCHIVE, BUILD, SERVE_CONFIG
 from scripts.serving.launcher import Ports, ServeError, Settings, TorchServe, find_property, read_model_config, write_property
+from scripts.tables import render_markdown
 
 NOTHING = "nothing"  # the setting of the first row
 WARM_UP_CONNECTIONS = 64
 WARM_UP_FACTOR = 4.0  # of a measurement's seconds, once for each server: its JVM compiles what it runs often
 PROPERTY_DEFAULTS = {"number_of_netty_threads": "0", "netty_client_threads": "0", "vmargs": ""}  # 0: TorchServe chooses
 
-VALUES: Mapping[str, Sequence[str]] = {  # of each setting, all that are tried; the committed one is among them
+VALUES: Mapping[str, Sequence[str]] = {  # all values tried of each setting; the committed one is among them
     "batchSize": ("1", "4", "8", "16", "32"),
     "maxBatchDelay": ("1", "2", "5"),
     "workers": ("1", "2", "3"),
@@ -71,49 +75,49 @@ class Change:
 
     @property
     def title(self) -> str:
-        """For people."""
+        """As the progress bar shows it."""
         return f"{self.setting} {self.value}".strip()
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One round of one change: what its server did under each load, and what the committed settings' did beside it.
+    """One round of one change: the figures of its server under each load, beside those of the committed settings.
 
     Attributes:
-        problem: why there is nothing, where a server did not start.
+        problem: why there are none, where a server did not start.
     """
 
     round_index: int
     change: Change
-    changed: list[Load] = field(default_factory=list)
-    committed: list[Load] = field(default_factory=list)
+    changed: list[Figures] = field(default_factory=list)
+    committed: list[Figures] = field(default_factory=list)
     problem: str = ""
 
     @property
     def is_good(self) -> bool:
-        """Whether all requests to both servers were answered well."""
-        return not self.problem and all(load.is_good for load in (*self.changed, *self.committed))
+        """Whether all requests to both servers had good replies."""
+        return not self.problem and all(one.is_good for one in (*self.changed, *self.committed))
 
     @property
     def rate_ratio(self) -> float:
-        """Explanations a second, changed by committed."""
+        """Divide explanations a second: changed by committed."""
         return busy_rate(self.changed) / busy_rate(self.committed)
 
     @property
     def p50_ratio(self) -> float:
-        """A lone client's median latency, changed by committed."""
+        """Divide a lone client's median latencies: changed by committed."""
         return lone_p50_ms(self.changed) / lone_p50_ms(self.committed)
 
 
-def busy_rate(loads: Sequence[Load]) -> float:
-    """Good replies a second, at the number of connections that is best for it."""
-    return max(load.rate for load in loads if load.connections != LONE_CONNECTION)
+def busy_rate(figures: Sequence[Figures]) -> float:
+    """Good replies a second, at the best number of connections."""
+    return max(one.rate for one in figures if one.connections != LONE_CONNECTION)
 
 
-def lone_p50_ms(loads: Sequence[Load]) -> float:
-    """Median latency of a client that is alone."""
-    [p50_ms] = [load.p50_ms for load in loads if load.connections == LONE_CONNECTION]
-    assert p50_ms is not None, "asked of a load without good replies"
+def lone_p50_ms(figures: Sequence[Figures]) -> float:
+    """Median latency of a lone client."""
+    [p50_ms] = [one.p50_ms for one in figures if one.connections == LONE_CONNECTION]
+    assert p50_ms is not None, "expected good replies, got none"
     return p50_ms
 
 
@@ -121,13 +125,13 @@ def lone_p50_ms(loads: Sequence[Load]) -> float:
 
 
 def read_property(properties: str, name: str) -> str:
-    """The value of a key in the text of config.properties, or its default there."""
+    """Find the value of a key in the text of config.properties, or its default."""
     found = find_property(properties, name)
     return PROPERTY_DEFAULTS[name] if found is None else found
 
 
 def list_changes(settings: Sequence[str], device: str = "cpu") -> list[Change]:
-    """Every value of these settings that is not the one committed for a device, after a first change that is none."""
+    """List every value of these settings but the one committed for a device, after a first change that changes nothing."""
     model_config = read_model_config(device)
     properties = (SERVE_CONFIG / "config.properties").read_text()
     committed = {
@@ -145,11 +149,11 @@ def list_changes(settings: Sequence[str], device: str = "cpu") -> list[Change]:
 
 
 def apply(change: Change, base: Settings, folder: Path) -> Settings:
-    """The settings of a server with a change; the files that it needs are written into the folder."""
+    """Apply a change to a server's settings; the files that it needs are written into the folder."""
     model_config: dict[str, Any] = {}
     configuration, log_configuration = base.configuration, base.log_configuration
     match change.setting:
-        case "nothing":  # NOTHING; a bare name would match anything
+        case "nothing":  # NOTHING; a bare name would match everything
             pass
         case "workers":
             model_config = {"minWorkers": int(change.value), "maxWorkers": int(change.value)}
@@ -194,7 +198,7 @@ def _torchserve_folder() -> Path:
 # --- measuring
 
 
-def measure(
+def measure_changes(
     changes: Sequence[Change], base: Settings, *, rounds: int, seconds: float, keep: Callable[[list[Pair]], None]
 ) -> list[Pair]:
     """Measure all changes, round by round; every other round backwards.
@@ -216,26 +220,27 @@ def measure(
 
 def _measure_pair(change: Change, base: Settings, round_index: int, seconds: float) -> Pair:
     both = [change, Change(NOTHING, "", "")]
-    turn = -1 if round_index % 2 else 1  # who starts first and is measured first
+    turn = -1 if round_index % 2 else 1  # which of both starts first and is measured first
+    images = read_files()
     try:
         with contextlib.ExitStack() as stack:
             addresses = [stack.enter_context(_started(one, base)) for one in both[::turn]][::turn]
-            calls = [explanation_calls(address) for address in addresses]
+            calls = [build_calls("explain", address, images) for address in addresses]
             for address, own in zip(addresses, calls, strict=True):
-                measure_load(address, own, connections=WARM_UP_CONNECTIONS, seconds=WARM_UP_FACTOR * seconds)
-            loads: list[list[Load]] = [[], []]
+                measure(closed_load(address, own, WARM_UP_CONNECTIONS, WARM_UP_FACTOR * seconds))
+            figures: list[list[Figures]] = [[], []]
             for connections in (LONE_CONNECTION, *BUSY_CONNECTIONS):
                 for which in (0, 1)[::turn]:
-                    loads[which].append(measure_load(addresses[which], calls[which], connections=connections, seconds=seconds))
+                    figures[which].append(measure(closed_load(addresses[which], calls[which], connections, seconds)))
                 turn = -turn
     except ServeError as error:
         return Pair(round_index, change, problem=str(error))
-    return Pair(round_index, change, changed=loads[0], committed=loads[1])
+    return Pair(round_index, change, changed=figures[0], committed=figures[1])
 
 
 @contextlib.contextmanager
 def _started(change: Change, base: Settings) -> Iterator[str]:
-    """A server with one change; gives its address."""
+    """Run a server with one change; gives its address."""
     with tempfile.TemporaryDirectory(prefix="sweep-") as folder, TorchServe(apply(change, base, Path(folder))) as server:
         yield server.address
 
@@ -255,61 +260,45 @@ COLUMNS = (
 
 
 def render_table(pairs: Sequence[Pair]) -> str:
-    """One row a change, as Markdown: medians over the rounds, with the least and the largest."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"| {' | '.join('---' for _ in COLUMNS)} |"]
+    """Write one row a change, as Markdown: medians over the rounds, with the least and the largest."""
+    rows = []
     for change in dict.fromkeys(pair.change for pair in pairs):
         values = ["", ""] if change.setting == NOTHING else [change.value or "none", change.committed or "none"]
         own = [pair for pair in pairs if pair.change == change]
         if all(pair.is_good for pair in own):
             cells = [
-                _spread_text([busy_rate(pair.changed) for pair in own], ",.0f"),
-                _spread_text([pair.rate_ratio for pair in own], ".2f"),
-                _spread_text([lone_p50_ms(pair.changed) for pair in own], ".2f"),
-                _spread_text([pair.p50_ratio for pair in own], ".2f"),
+                format(Spread.of([busy_rate(pair.changed) for pair in own]), ",.0f"),
+                format(Spread.of([pair.rate_ratio for pair in own]), ".2f"),
+                format(Spread.of([lone_p50_ms(pair.changed) for pair in own]), ".2f"),
+                format(Spread.of([pair.p50_ratio for pair in own]), ".2f"),
                 "",
             ]
         else:
             cells = ["invalid", "", "", "", "; ".join(dict.fromkeys(filter(None, map(describe_errors, own))))]
-        lines.append(f"| {' | '.join([change.setting, *values, *cells])} |")
-    return "\n".join(lines)
+        rows.append([change.setting, *values, *cells])
+    return render_markdown(COLUMNS, rows)
 
 
 def describe_errors(pair: Pair) -> str:
-    """What went wrong in a round, in a line; empty where all is good."""
+    """Say in a line what went wrong in a round; empty where all is good."""
     if pair.problem:
         return pair.problem.partition("\n")[0].rstrip(":")
     found = []
-    for who, loads in (("changed", pair.changed), ("committed", pair.committed)):
-        for load in loads:
-            problems = [f"{count} {kind}" for kind, count in load.error_counts.items()] if load.requests else ["no reply in time"]
-            found += [f"{who}, connections {load.connections}: {problem}" for problem in problems]
+    for who, figures in (("changed", pair.changed), ("committed", pair.committed)):
+        for one in figures:
+            problems = [f"{count} {kind}" for kind, count in one.error_counts.items()] if one.requests else ["no reply in time"]
+            found += [f"{who}, connections {one.connections}: {problem}" for problem in problems]
     return ", ".join(found)
 
 
-def _spread_text(values: Sequence[float], number_format: str) -> str:
-    spread = Spread.of(values)
-    if len(values) == 1:
-        return format(spread.median, number_format)
-    return f"{spread.median:{number_format}} ({spread.low:{number_format}} - {spread.high:{number_format}})"
-
-
 def _summarize(pairs: Sequence[Pair]) -> list[dict[str, Any]]:
-    """Each pair with its ratios."""
+    """Give each pair with its ratios, for JSON."""
     return [
         asdict(pair) | ({"rate_ratio": pair.rate_ratio, "p50_ratio": pair.p50_ratio} if pair.is_good else {}) for pair in pairs
     ]
 
 
 # --- the command
-
-
-def read_names(text: str) -> list[str]:
-    """Read "batchSize,workers"."""
-    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
-    unknown = [name for name in names if name not in VALUES]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"got {', '.join(unknown)!r}; {', '.join(VALUES)} are accepted")
-    return names
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -322,10 +311,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=read_count, default=3, help="how often everything is measured")
     parser.add_argument("--seconds", type=read_positive, default=2.0, help="of each of a server's four measurements in a round")
-    parser.add_argument("--settings", type=read_names, default=",".join(VALUES), help="which are changed, with commas")
-    parser.add_argument("--archive", type=Path, default=ROOT / "build" / f"{MODEL_NAME}.mar", help="what is served")
+    parser.add_argument("--settings", type=names_reader(VALUES), default=",".join(VALUES), help="which are changed, with commas")
+    parser.add_argument("--archive", type=Path, default=ARCHIVE, help="what is served")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default="cpu", help="as of scripts.serving.launcher")
-    parser.add_argument("--output", metavar="FILE", type=Path, default=Path("build/sweep.json"), help="all single numbers")
+    parser.add_argument("--output", metavar="FILE", type=Path, default=BUILD / "sweep.json", help="all single numbers")
     return parser
 
 
@@ -336,13 +325,13 @@ def _write(conditions: Mapping[str, Any], file: Path, pairs: Sequence[Pair]) -> 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and report. Returns the exit code: 1 where a row is invalid."""
     arguments = build_parser().parse_args(argv)
-    conditions = describe_conditions("sweep", sys.argv[1:] if argv is None else argv, arguments, arguments.device)
-    print("; ".join(f"{name} {value}" for name, value in conditions["machine"].items()), file=sys.stderr)
+    conditions = describe_conditions("sweep", argv, arguments, device=arguments.device)
+    print(join_facts(conditions["machine"]), file=sys.stderr)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     keep = functools.partial(_write, conditions, arguments.output)
     base = Settings(archive=arguments.archive, device=arguments.device)
     changes = list_changes(arguments.settings, arguments.device)
-    pairs = measure(changes, base, rounds=arguments.rounds, seconds=arguments.seconds, keep=keep)
+    pairs = measure_changes(changes, base, rounds=arguments.rounds, seconds=arguments.seconds, keep=keep)
     print(render_table(pairs))
     return int(not all(pair.is_good for pair in pairs))
 

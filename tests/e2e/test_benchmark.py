@@ -7,8 +7,10 @@ import psutil
 import pytest
 
 from scripts.bench import benchmark
-from scripts.bench.benchmark import BenchmarkError, check_answers, dithered
+from scripts.bench.benchmark import BenchmarkError, check_answers
+from scripts.bench.digits import dither
 from scripts.bench.peers.systems import SYSTEMS, Running, Workplace
+from scripts.bench.rounds import LONE_CONNECTION
 from scripts.paths import SAMPLE_FILES
 from scripts.serving.launcher import TorchServe
 
@@ -37,7 +39,7 @@ def test_benchmark_measures_and_reports(
     assert printed.rstrip() == (tmp_path / "benchmark.md").read_text().rstrip()
     content = json.loads((tmp_path / "benchmark.json").read_text())
     loads = {(one["system"], one["route"], one["connections"]) for one in content["measurements"]}
-    connections = (benchmark.LONE_CONNECTION, 16)
+    connections = (LONE_CONNECTION, 16)
     assert loads == {
         (system, route, number) for system in ("ours", "noop") for route in benchmark.ROUTES for number in connections
     }
@@ -60,7 +62,7 @@ def running(server: TorchServe) -> Running:
 
 @pytest.fixture
 def images() -> list[bytes]:
-    return [dithered(file.read_bytes(), seed) for seed, file in enumerate(SAMPLE_FILES[5::20])]
+    return [dither(file.read_bytes(), seed) for seed, file in enumerate(SAMPLE_FILES[5::20])]
 
 
 def test_same_answers_pass(running: Running, images: list[bytes]) -> None:

@@ -35,7 +35,7 @@ from handler.limits import (
     MAX_TAG_BYTES,
 )
 from handler.render.drawing import Row, Style, draw
-from scripts.bench.load import build_call, run_open
+from scripts.bench.load import Load, build_call, run_load
 from scripts.paths import ROOT, SAMPLE_FILES
 from scripts.serving.launcher import TorchServe
 from tests.client import BATCH_SIZE, V1_PREDICT, V2_INFER, Arguments, ask, ask_at_once, explain, npy, predict
@@ -384,15 +384,8 @@ def test_requests_that_may_wait_are_answered_and_more_are_refused_at_once(
         """Send so many requests at once, behind some slow ones."""
         busy = Thread(target=ask_at_once, args=(server, [slow] * (BATCH_SIZE // 2)))
         busy.start()
-        samples = run_open(
-            server.address,
-            [call],
-            rate=10_000,
-            duration_s=count / 10_000,
-            warm_up_s=0,
-            max_connections=count,
-            timeout_s=TIMEOUT_S,
-        )
+        load = Load(server.address, [call], count / 10_000, rate=10_000, connections=count, timeout_s=TIMEOUT_S)
+        samples = run_load(load)
         busy.join()
         return [int(status) for status in samples.status]
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from scripts.bench import load_test
+from scripts.bench.digit_requests import KINDS
 from scripts.serving.launcher import TorchServe
 
-MIX = ",".join(f"{name}=1" for name in load_test.KINDS)
+MIX = ",".join(f"{name}=1" for name in KINDS)
 
 
 @pytest.mark.long
@@ -18,7 +19,7 @@ def test_every_kind_of_request_gets_replies_of_the_right_form(server: TorchServe
     assert load_test.main([*arguments, "--output", str(tmp_path / "a")]) == 0
     [step] = json.loads((tmp_path / "a.json").read_text())["steps"]
     assert step["errors"] == {}
-    assert step["kinds"].keys() == load_test.KINDS.keys()
+    assert step["kinds"].keys() == KINDS.keys()
     assert all(kind["requests"] > 0 for kind in step["kinds"].values())
 
 

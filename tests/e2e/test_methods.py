@@ -286,7 +286,12 @@ def test_maps_in_the_pixels_of_the_clients_image(server: TorchServe, samples: li
     ("options", "status", "kind", "message"),
     [
         ({"method": "lime"}, 400, "InvalidOption", "expected one of gradient, loss_gradient, gradient_x_input, smoothgrad"),
-        ({"samples": 5}, 400, "InvalidOption", "expected 'method' smoothgrad with 'samples', got gradient, which takes no parameters"),
+        (
+            {"samples": 5},
+            400,
+            "InvalidOption",
+            "expected 'method' smoothgrad with 'samples', got gradient, which takes no parameters",
+        ),
         ({"method": "smoothgrad", "steps": 5}, 400, "InvalidOption", "which takes samples, noise, seed, aggregate"),
         ({"method": "smoothgrad", "samples": 501}, 400, "InvalidOption", "expected an integer from 1 to 500"),
         ({"method": "integrated_gradients", "baseline": "blur"}, 400, "InvalidOption", "expected one of zero, mean"),

@@ -27,8 +27,10 @@ import numpy as np
 import pytest
 
 from scripts.bench import load_test
-from scripts.bench.load import RECORD, Call, Failure, GarbageReply, ReplyReader, Samples, build_call, run_closed, run_open
-from scripts.bench.load_test import StepSummary, find_knee, find_warnings, is_right_form, read_mix, summarise
+from scripts.bench.digit_requests import KINDS, is_right_form
+from scripts.bench.load import RECORD, Call, Failure, GarbageReply, Load, ReplyReader, Samples, build_call, run_load
+from scripts.bench.load_report import StepSummary, find_knee, find_warnings, summarise
+from scripts.bench.load_test import read_mix
 from scripts.paths import MODEL_NAME, ROOT, SAMPLE_FILES
 from tests.tls import make_certificate
 
@@ -157,7 +159,7 @@ def stall_once(number: int) -> Answer:
 @pytest.mark.parametrize("max_connections", [1, 256], ids=["waiting for the one connection", "waiting in the server"])
 def test_open_loop_shows_a_stall_in_every_request_that_it_held_up(max_connections: int) -> None:
     with serving(stall_once(20)) as address:
-        samples = run_open(address, call_to(address), rate=100, duration_s=1.8, max_connections=max_connections)
+        samples = run_load(Load(address, call_to(address), rate=100, duration_s=1.8, connections=max_connections))
     assert samples.request_count == 180
     assert samples.error_counts == {}
     latencies_ms = samples.latencies_ms()
@@ -168,7 +170,7 @@ def test_open_loop_shows_a_stall_in_every_request_that_it_held_up(max_connection
 
 def test_closed_loop_shows_a_stall_in_one_request_a_connection() -> None:
     with serving(stall_once(20)) as address:
-        samples = run_closed(address, call_to(address), connections=2, duration_s=1.8)
+        samples = run_load(Load(address, call_to(address), connections=2, duration_s=1.8))
     latencies_ms = samples.latencies_ms()
     assert 1 <= (latencies_ms >= 900 * STALL_S).sum() <= 2
     assert samples.connections == 2
@@ -185,9 +187,9 @@ def test_every_reply_is_inspected_and_a_refused_one_is_a_failure(loop: str) -> N
 
     with serving(answer_well) as address:
         if loop == "open":
-            samples = run_open(address, call_to(address), rate=100, duration_s=0.1, inspect=inspect)
+            samples = run_load(Load(address, call_to(address), rate=100, duration_s=0.1), inspect=inspect)
         else:
-            samples = run_closed(address, call_to(address), connections=1, duration_s=0.5, inspect=inspect)
+            samples = run_load(Load(address, call_to(address), connections=1, duration_s=0.5), inspect=inspect)
     assert set(seen) == {(0, 200, b'{"digit": 7}')}
     assert len(seen) == len(samples.records) > 3
     assert np.flatnonzero(samples.failure == Failure.WRONG_FORM).tolist() == [2]
@@ -199,7 +201,7 @@ def test_more_is_offered_than_a_slow_server_serves() -> None:
         connection.send(DIGIT)
 
     with serving(one_at_a_time(answer)) as address:
-        samples = run_open(address, call_to(address), rate=500, duration_s=0.6, max_connections=8)
+        samples = run_load(Load(address, call_to(address), rate=500, duration_s=0.6, connections=8))
     assert samples.offered_rate == 500
     assert samples.request_count == 300
     assert 0 < samples.served_rate <= 205  # a reply takes 5 ms or more
@@ -214,9 +216,8 @@ def test_warm_up_is_sent_and_not_counted() -> None:
         connection.send(DIGIT if got.number >= 20 else reply_with(b"", "503 Service Unavailable"))
 
     with serving(answer) as address:
-        samples = run_open(  # one connection, so that the order of sending is that of arriving and of being answered
-            address, call_to(address), rate=100, warm_up_s=0.2, duration_s=0.3, max_connections=1
-        )
+        # One connection, so that requests arrive and are answered in the order of sending.
+        samples = run_load(Load(address, call_to(address), rate=100, warm_up_s=0.2, duration_s=0.3, connections=1))
     assert samples.scheduled_s == pytest.approx(np.arange(-20, 30) / 100)
     assert samples.request_count == 30
     assert (samples.status == 503).sum() == 20
@@ -240,9 +241,9 @@ FAILURES: dict[str, tuple[Answer, str]] = {
 def test_failures_are_counted_by_kind(loop: str, answer: Answer, kind: str) -> None:
     with serving(answer) as address:
         if loop == "open":
-            samples = run_open(address, call_to(address), rate=40, duration_s=0.1, timeout_s=0.2)
+            samples = run_load(Load(address, call_to(address), rate=40, duration_s=0.1, timeout_s=0.2))
         else:
-            samples = run_closed(address, call_to(address), connections=2, duration_s=0.05, timeout_s=0.2)
+            samples = run_load(Load(address, call_to(address), connections=2, duration_s=0.05, timeout_s=0.2))
     assert samples.request_count >= 2
     assert samples.error_counts == {kind: samples.request_count}
     assert samples.served_rate == 0
@@ -258,16 +259,16 @@ def refusing_address() -> Iterator[str]:
 
 
 def test_a_closed_port_refuses_without_being_hammered(refusing_address: str) -> None:
-    samples = run_closed(refusing_address, call_to(refusing_address), connections=3, duration_s=0.35)
+    samples = run_load(Load(refusing_address, call_to(refusing_address), connections=3, duration_s=0.35))
     assert samples.error_counts.keys() == {"refused"}
     assert 3 <= samples.request_count <= 12
-    samples = run_open(refusing_address, call_to(refusing_address), rate=100, duration_s=0.1)
+    samples = run_load(Load(refusing_address, call_to(refusing_address), rate=100, duration_s=0.1))
     assert samples.error_counts == {"refused": 10}
 
 
 def test_a_request_that_never_got_a_connection_times_out_too() -> None:
     with serving(lambda connection, got: time.sleep(0.6)) as address:
-        samples = run_open(address, call_to(address), rate=50, duration_s=0.2, max_connections=1, timeout_s=0.3)
+        samples = run_load(Load(address, call_to(address), rate=50, duration_s=0.2, connections=1, timeout_s=0.3))
     assert samples.error_counts == {"timeout": 10}
     assert np.isnan(samples.sent_s).any()
     assert samples.latencies_ms().min() >= 300
@@ -275,14 +276,14 @@ def test_a_request_that_never_got_a_connection_times_out_too() -> None:
 
 def test_a_server_that_closes_after_each_reply_costs_no_errors() -> None:
     with serving(lambda connection, got: connection.send(DIGIT_AND_CLOSE, then_close=True)) as address:
-        samples = run_closed(address, call_to(address), connections=2, duration_s=0.5)
+        samples = run_load(Load(address, call_to(address), connections=2, duration_s=0.5))
     assert samples.error_counts == {}
     assert samples.request_count > 4
 
 
 def test_a_connection_that_the_server_closed_in_the_meantime_is_replaced() -> None:
     with serving(lambda connection, got: connection.send(DIGIT, then_close=True)) as address:
-        samples = run_open(address, call_to(address), rate=4, duration_s=0.75)
+        samples = run_load(Load(address, call_to(address), rate=4, duration_s=0.75))
     assert samples.error_counts == {}
     assert samples.request_count == 3
 
@@ -297,7 +298,7 @@ def test_a_large_image_is_sent_whole() -> None:
         connection.send(reply_with(hashlib.sha256(got.body).hexdigest().encode()))
 
     with serving(answer) as address:
-        samples = run_closed(address, call_to(address, image), connections=2, duration_s=0.2)
+        samples = run_load(Load(address, call_to(address, image), connections=2, duration_s=0.2))
     assert samples.error_counts == {}
     assert samples.first_replies[0].body.decode() == hashlib.sha256(image).hexdigest()
 
@@ -311,7 +312,7 @@ def test_calls_are_taken_in_turn() -> None:
 
     with serving(answer) as address:
         calls = [build_call("predict", address, "/", body, {"X-Own": "1"}) for body in (b"a", b"b", b"c")]
-        samples = run_closed(address, calls, connections=1, duration_s=0.1)
+        samples = run_load(Load(address, calls, connections=1, duration_s=0.1))
     count = len(bodies)
     assert bodies == [b"a", b"b", b"c"] * (count // 3) + [b"a", b"b"][: count % 3]
     assert samples.call.tolist() == [number % 3 for number in range(count)]
@@ -422,7 +423,7 @@ def test_a_generator_that_is_held_up_counts_it_as_its_own_lag() -> None:
         return True
 
     with serving(answer_well) as address:
-        samples = run_open(address, call_to(address), rate=100, duration_s=0.5, tick=hold_up)
+        samples = run_load(Load(address, call_to(address), rate=100, duration_s=0.5), tick=hold_up)
     assert samples.lag_quantiles_ms([1.0])[0] >= 30
     assert (samples.latencies_ms() >= 1e3 * (samples.sent_s - samples.scheduled_s)).all()  # latency has it in it
     assert any("sent late" in warning for warning in find_warnings(summarise(samples)))
@@ -430,7 +431,7 @@ def test_a_generator_that_is_held_up_counts_it_as_its_own_lag() -> None:
 
 def test_waiting_for_a_connection_is_no_lag() -> None:
     with serving(stall_once(1)) as address:
-        samples = run_open(address, call_to(address), rate=20, duration_s=0.3, max_connections=1)
+        samples = run_load(Load(address, call_to(address), rate=20, duration_s=0.3, connections=1))
     assert (samples.sent_s - samples.scheduled_s).max() >= 0.8 * STALL_S
     assert samples.lag_quantiles_ms([1.0])[0] < 500 * STALL_S
 
@@ -562,7 +563,7 @@ def test_failures_are_reported_and_end_with_1(refusing_address: str, tmp_path: P
     assert load_test.main([*arguments, "--output", str(tmp_path / "a")]) == 1
     captured = capsys.readouterr()
     assert re.search(r"errors at 1 connection: \d+ refused", captured.out)
-    assert "the steps that are left are not made" in captured.err
+    assert "the steps that are left are skipped" in captured.err
     assert "refused" in (tmp_path / "a.html").read_text()
     assert json.loads((tmp_path / "a.json").read_text())["steps"][0]["latency_ms"]["p99"] is None
 
@@ -576,7 +577,7 @@ def test_a_reply_of_the_wrong_form_is_a_failure(tmp_path: Path, capsys: pytest.C
     assert "errors at 100/s: 2 wrong form" in capsys.readouterr().out  # the first reply for each image is looked at
 
 
-@pytest.mark.parametrize("name", load_test.KINDS)
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize(
     "body", [b"", b"[]", b"{}", b'{"digit": "7"}', b'{"digit": 7, "explanation": {}}', b"\x93NUMPY\x01\x00", b"\x89PNG\r\n\x1a\n"]
 )
@@ -638,18 +639,18 @@ def test_https(certificate: tuple[Path, Path], options: list[str], error_kinds: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rates", "100,-1"], "a number above 0 is accepted"),
-        (["--rates", "nan"], "a number above 0 is accepted"),
-        (["--connections", "1,x"], "whole numbers from 1"),
-        (["--connections", "0"], "whole numbers from 1"),
+        (["--rates", "100,-1"], "expected a number above 0"),
+        (["--rates", "nan"], "expected a number above 0"),
+        (["--connections", "1,x"], "expected a whole number from 1"),
+        (["--connections", "0"], "expected a whole number from 1"),
         (["--rates", "1", "--connections", "1"], "not allowed with argument"),
-        (["--mix", "predikt=1"], "with a kind of predict, explain"),
-        (["--mix", "predict=-1"], "KIND=WHOLE NUMBER"),
+        (["--mix", "predikt=1"], "expected KIND=WHOLE NUMBER, with a kind of predict, explain"),
+        (["--mix", "predict=-1"], "expected KIND=WHOLE NUMBER"),
         (["--mix", "predict=0"], "asks for nothing"),
-        (["--url", "127.0.0.1:8080"], "http://HOST:PORT"),
+        (["--url", "127.0.0.1:8080"], "expected http://HOST:PORT"),
         (["--url", "http://me:secret@localhost"], "without a path or a user"),
-        (["--duration", "0"], "a number above 0"),
-        (["--max-connections", "0"], "at least 1"),
+        (["--duration", "0"], "expected a number above 0"),
+        (["--max-connections", "0"], "expected a whole number from 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

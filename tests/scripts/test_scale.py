@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 
 from scripts.bench import scale
-from scripts.bench.load import Call
-from scripts.bench.measure_load import Load
+from scripts.bench.load import Call, Figures
 from scripts.bench.scale import FORMATS, PROTOCOLS, Point, ScaleError, draw_on_paper, has_all_maps, many_images_call, medians
+from scripts.paths import ROOT
 
 ADDRESS = "http://127.0.0.1:1"
 
 
 def point(question: str, series: str, x: int, round_index: int, p50_ms: float, errors: dict[str, int] | None = None) -> Point:
-    load = Load(1, 10, 1000 / p50_ms, p50_ms, 2 * p50_ms, errors or {}, 0.1)
+    load = Figures(1, 10, 1000 / p50_ms, p50_ms, 2 * p50_ms, errors or {}, 0.1)
     return Point(question, series, x, round_index, 500, load)
 
 
@@ -120,6 +120,12 @@ def test_figure_is_drawn_again_from_the_file(points: list[Point], tmp_path: Path
         close = np.abs(pixels - tuple(bytes.fromhex(colour[1:]))).max(axis=1) < 12
         assert close.sum() > 100  # its lines and markers
     assert figure.stat().st_size < 150_000
+
+
+def test_committed_figures_can_be_drawn_again(tmp_path: Path) -> None:
+    committed = ROOT / "scripts" / "results" / "scale-2-shared-cores.json"
+    assert scale.main(["--draw", str(committed), "--image", str(tmp_path / "scaling.png")]) == 0
+    assert {one.question for one in scale.read_points(committed)[1]} == {"workers", "sides", "images", "connections"}
 
 
 def test_a_panel_without_any_good_point_is_an_error(points: list[Point], tmp_path: Path) -> None:

@@ -12,15 +12,14 @@ from PIL import Image
 
 from handler.runtime.malloc import KEPT_BYTES
 from scripts.bench.load import RECORD, Failure, Samples
-from scripts.bench.load_test import LoadTestError
+from scripts.bench.load.recording import LoadTestError
 from scripts.bench.soak_report import (
     MAX_SLOPE_MIB_PER_HOUR,
     MIB,
     Report,
     build_report,
-    draw_plots,
     estimate_slope,
-    render_page,
+    render_html,
     render_text,
 )
 from scripts.bench.soak_traffic import (
@@ -211,7 +210,7 @@ def test_soak_that_ended_in_its_warm_up_has_no_report() -> None:
 def test_page_and_text_say_what_failed() -> None:
     about = about_of(600 + 500 * TIMES_S / 3600)
     report = build_report(about, samples_of(STEADY_S))
-    page = render_page(report, draw_plots(about, samples_of(STEADY_S)))
+    page = render_html(report, about, samples_of(STEADY_S))
     for text in (page, render_text(report)):
         assert "FAILED: worker 1 grows by less than 64 MiB/h: +500" in text
     assert "<title>Soak</title>" in page

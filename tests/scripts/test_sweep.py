@@ -1,6 +1,5 @@
 """The sweep's list of changes, the files it writes for them, and its table of known numbers. The servers: tests/e2e."""
 
-import argparse
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -8,17 +7,16 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from scripts.bench.load_test import read_positive
-from scripts.bench.measure_load import Load
+from scripts.bench.load import Figures
 from scripts.bench.sweep import (
     NOTHING,
     VALUES,
     Change,
     Pair,
     apply,
+    build_parser,
     describe_errors,
     list_changes,
-    read_names,
     read_property,
     render_table,
 )
@@ -30,8 +28,8 @@ SAME = Change(NOTHING, "", "")
 THREADS = Change("torch_threads", "2", "1")
 
 
-def load(connections: int, rate: float, p50_ms: float, errors: dict[str, int] | None = None) -> Load:
-    return Load(connections, 100, rate, p50_ms, 2 * p50_ms, errors or {}, 0.1)
+def load(connections: int, rate: float, p50_ms: float, errors: dict[str, int] | None = None) -> Figures:
+    return Figures(connections, 100, rate, p50_ms, 2 * p50_ms, errors or {}, 0.1)
 
 
 def pair(index: int, change: Change, changed: tuple[float, float, float], committed: tuple[float, float, float]) -> Pair:
@@ -128,14 +126,18 @@ def test_errors_in_replies_make_the_row_invalid_and_are_shown() -> None:
 
 def test_a_server_that_did_not_start_or_answer_makes_the_row_invalid() -> None:
     assert describe_errors(Pair(0, THREADS, problem="TorchServe ended at its start:\nlog")) == "TorchServe ended at its start"
-    silent = Pair(0, THREADS, [Load(1, 0, 0.0, None, None, {}, 0.1)], [load(1, 5, 5)])
+    silent = Pair(0, THREADS, [Figures(1, 0, 0.0, None, None, {}, 0.1)], [load(1, 5, 5)])
     assert not silent.is_good
     assert describe_errors(silent) == "changed, connections 1: no reply in time"
 
 
-def test_unknown_settings_are_refused() -> None:
-    assert read_names("vmargs,workers,vmargs") == ["vmargs", "workers"]
-    with pytest.raises(argparse.ArgumentTypeError, match=r"got 'colour'; batchSize, .* are accepted"):
-        read_names("vmargs,colour")
-    with pytest.raises(argparse.ArgumentTypeError):
-        read_positive("0")
+def test_unknown_settings_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert build_parser().parse_args(["--settings", "vmargs,workers,vmargs"]).settings == ["vmargs", "workers"]
+    for option, message in (
+        (["--settings", "vmargs,colour"], "expected some of batchSize, .*, got 'colour'"),
+        (["--seconds", "0"], "expected a number above 0, got '0'"),
+        (["--rounds", "0"], "expected a whole number from 1, got '0'"),
+    ):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args(option)
+        assert re.search(message, capsys.readouterr().err)

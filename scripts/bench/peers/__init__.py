@@ -1,5 +1,5 @@
-"""What this service is compared with: one small file a peer, written as a user of each tool would write it.
+"""The peers of this service in benchmarks: one small file each, written as a user of the tool would write it.
 
-`stock_handler`, `saliency_handler` and `noop_handler` are handlers of TorchServe, packed alone into an archive; `fastapi_app` and
-`mosec_app` are programs, which share `captum_answers`. None of them is needed to run the service.
+`stock_handler`, `saliency_handler` and `noop_handler` are handlers of TorchServe, each packed alone into an archive. The programs
+`fastapi_app` and `mosec_app` share `captum_answers`. The service needs none of these, and none of them uses its handler.
 """

@@ -1,6 +1,6 @@
-"""PNG bytes -> the digit and its captum saliency as JSON: what the programs of `fastapi_app` and `mosec_app` have in common.
+"""PNG bytes -> the digit and its captum saliency as JSON: the part that `fastapi_app` and `mosec_app` share.
 
-captum returns attributions alone, so the logits take a forward of their own before it. JSON by orjson, straight from numpy.
+captum returns attributions alone, so the logits take a forward of their own before it. orjson writes numpy arrays directly.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from scripts.paths import WEIGHTS_FILE
 
 
 class CaptumAnswers:
-    """The committed network behind captum, on one thread, or on a GPU where one is visible, as exact as on a CPU."""
+    """The committed network behind captum: on one thread, or on a GPU where one is visible, without TF32."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)

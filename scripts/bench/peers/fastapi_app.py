@@ -2,8 +2,8 @@
 
     python -m uvicorn scripts.bench.peers.fastapi_app:app --port 8000 --workers 2 --no-access-log
 
-A PNG as the body, JSON back. The network runs in the event loop: a thread pool would cost time, and one worker process has one
-core anyhow. The JSON is orjson's, handed to a plain `Response`, which FastAPI passes on as it is.
+A PNG as the body, JSON back. The network runs in the event loop: a thread pool would cost time, and one worker process has only
+one core. orjson writes the JSON, and FastAPI passes a plain `Response` on unchanged.
 """
 
 from fastapi import FastAPI, Request, Response

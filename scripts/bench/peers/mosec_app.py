@@ -2,7 +2,7 @@
 
     python -m scripts.bench.peers.mosec_app --address 127.0.0.1 --port 8000 --workers 2
 
-A PNG as the body, JSON back. Each route has worker processes of its own, as mosec wants it; those of the other route idle.
+A PNG as the body, JSON back. Each route has worker processes of its own, as mosec requires; those of the other route idle.
 """
 
 import argparse
@@ -11,7 +11,7 @@ from mosec import Runtime, Server, Worker
 
 from scripts.bench.peers.captum_answers import CaptumAnswers
 
-MAX_WAIT_MS = 1  # for neighbours, as in serve_config/model-config.yaml
+MAX_WAIT_MS = 1  # for other requests of a batch, as in serve_config/model-config.yaml
 
 
 class Predictor(Worker):
@@ -28,7 +28,7 @@ class Predictor(Worker):
         return data
 
     def forward(self, data: bytes | list[bytes]) -> bytes | list[bytes]:
-        """Answer each image of a batch; where at most one makes a batch, mosec gives that alone."""
+        """Answer each image of a batch; with batches of one, mosec passes the image itself."""
         if isinstance(data, list):
             return self.answers.answer(data, explain=self.explains)
         return self.answers.answer([data], explain=self.explains)[0]

@@ -1,7 +1,7 @@
-"""A TorchServe handler that does nothing: what is left is the server's own time.
+"""A TorchServe handler that does nothing: it measures the server's own time.
 
-It returns the same bytes to every request: those in its archive's `explanation.json` or `prediction.json`, by the route. It
-imports torch, as every handler that runs a network has to, for its worker's memory and start to be comparable.
+It returns the same bytes to every request: `explanation.json` or `prediction.json` of its archive, by the route. As every handler
+that runs a network it imports torch, so that memory and start of its workers can be compared.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""TorchServe's own MNIST example with the vanilla gradient: captum's `Saliency` in the place of integrated gradients.
+"""TorchServe's own MNIST example with the vanilla gradient: captum's `Saliency` in place of integrated gradients.
 
-See `stock_handler`; an archive holds one handler module, so this one stands alone.
+See `stock_handler`. An archive holds one handler module, so this one repeats what the two share.
 """
 
 from typing import Any
@@ -13,14 +13,14 @@ from ts.torch_handler.image_classifier import ImageClassifier
 
 
 class SaliencyDigitClassifier(ImageClassifier):
-    """Answers the digit as a bare number, and an explanation as a bare map (1, 28, 28)."""
+    """Answers a digit as a bare number, and an explanation as a bare map (1, 28, 28)."""
 
     image_processing = transforms.Compose([transforms.ToTensor()])
 
     def initialize(self, context: Context) -> None:
-        """Load the network; one thread a worker, and exact on a GPU, as in the service that it is compared with."""
+        """Load the network; one thread a worker and no TF32, as in the service that it is compared with."""
         torch.set_num_threads(1)
-        torch.backends.cudnn.allow_tf32 = False  # which TorchServe's base handler allows
+        torch.backends.cudnn.allow_tf32 = False  # TorchServe's base handler allows it
         super().initialize(context)
         self.saliency = Saliency(self.model)
 

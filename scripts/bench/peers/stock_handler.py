@@ -1,8 +1,8 @@
 """TorchServe's own MNIST example: its stock explanation, captum's integrated gradients in 15 steps.
 
-As published in pytorch/serve, examples/image_classifier/mnist, less the normalisation, which is inside this network. For a raw
-body the stock handler explains class 0. Of a batch it reads the first request's target alone, so that with targets only batches
-of 1 are right.
+As published in pytorch/serve, examples/image_classifier/mnist, without the normalisation, which is inside this network. For a raw
+body the stock handler explains class 0. It reads only the first request's target of a batch, so that with targets only batches of
+1 are right.
 """
 
 import torch

@@ -1,8 +1,7 @@
 """The services that the benchmark compares: what each needs, how it is started, what it answers.
 
-Every one runs on the same device, on the loopback address, with the same number of workers and, but for TorchServe's example as
-published, one thread of torch a worker. The ones on TorchServe are started by `scripts.serving`, with the configuration of this
-service.
+All run on the same device, on the loopback address, with the same number of workers and, but for TorchServe's example as
+published, one thread of torch a worker. Those on TorchServe are started by `scripts.serving`, with this service's configuration.
 """
 
 import contextlib
@@ -30,7 +29,7 @@ import safetensors.torch
 import torch
 
 from scripts.packaging.package import MODEL_VERSION, build_archive, write_archive
-from scripts.paths import MODEL_FILE, MODEL_NAME, ROOT, SAMPLE_IMAGE, SERVE_CONFIG, WEIGHTS_FILE
+from scripts.paths import MODEL_CONFIG, MODEL_FILE, MODEL_NAME, ROOT, SAMPLE_IMAGE, WEIGHTS_FILE
 from scripts.serving.launcher import Ports, ServeError, Settings, TorchServe
 
 PEERS = Path(__file__).parent
@@ -40,7 +39,7 @@ STOP_TIMEOUT_S = 15
 
 
 class Explains(Enum):
-    """What a system's explanations are, by which they are checked."""
+    """The kind of a system's explanations, which decides how they are checked."""
 
     PREDICTED = "gradient of the predicted class"
     CLASS_0 = "gradient of class 0"
@@ -50,7 +49,7 @@ class Explains(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Workplace:
-    """Where a system is started.
+    """The surroundings in which a system is started.
 
     Attributes:
         folder: for archives and logs.
@@ -73,8 +72,8 @@ class Running:
     Attributes:
         address: such as http://127.0.0.1:8080.
         explain_path, predict_path: where a PNG is posted.
-        processes: everything of it that runs now.
-        ready_s: seconds from its start until all of it could answer.
+        processes: lists those of it that run now.
+        ready_s: seconds from its start until all its workers could answer.
     """
 
     address: str
@@ -84,11 +83,11 @@ class Running:
     ready_s: float
 
     def path(self, route: str) -> str:
-        """Where "explain" or "predict" is posted."""
+        """Give the path that "explain" or "predict" is posted to."""
         return {"explain": self.explain_path, "predict": self.predict_path}[route]
 
     def cpu_seconds(self) -> tuple[float, float]:
-        """Processor time that its processes have had so far: of all but a JVM, and of a JVM."""
+        """Sum up the processor time of its processes so far: of all but a JVM, and of a JVM."""
         seconds = {False: 0.0, True: 0.0}
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
@@ -104,8 +103,8 @@ class System:
     Attributes:
         title: in tables.
         explains: what its explanations are.
-        needs: packages that it imports, beside this project's own.
-        start: a context manager in which it runs.
+        needs: packages that it imports, beside those of this project.
+        start: makes a context manager in which it runs.
     """
 
     title: str
@@ -114,7 +113,7 @@ class System:
     start: Callable[[Workplace], AbstractContextManager[Running]]
 
     def missing(self) -> list[str]:
-        """The packages that this interpreter does not have."""
+        """List the packages that are not installed."""
         return [name for name in self.needs if importlib.util.find_spec(name) is None]
 
 
@@ -138,8 +137,7 @@ def _start_torchserve(
 
 def _start_ours(workplace: Workplace) -> AbstractContextManager[Running]:
     archive = workplace.folder / f"{MODEL_NAME}.mar"
-    model_config = SERVE_CONFIG / "model-config.yaml"
-    build_archive(archive, model_file=MODEL_FILE, weights_file=WEIGHTS_FILE, model_config=model_config)
+    build_archive(archive, model_file=MODEL_FILE, weights_file=WEIGHTS_FILE, model_config=MODEL_CONFIG)
     return _start_torchserve(archive, workplace)
 
 
@@ -172,7 +170,7 @@ def _build_peer_archive(output: Path, handler: str, files: Mapping[str, bytes], 
     }
     entries = {
         "MAR-INF/MANIFEST.json": json.dumps({"runtime": "python", "model": model}).encode(),
-        "model-config.yaml": (SERVE_CONFIG / "model-config.yaml").read_bytes(),
+        "model-config.yaml": MODEL_CONFIG.read_bytes(),
         handler: (PEERS / handler).read_bytes(),
         **files,
     }
@@ -277,10 +275,10 @@ SYSTEMS: dict[str, System] = {
 
 
 def worker_memory_mib(running: Running) -> tuple[float, float, float]:
-    """Memory of one worker: of the system's largest process that is no JVM.
+    """Read the memory of one worker: of the system's largest process but a JVM.
 
     Returns:
-        MiB that are resident, with the pages of libraries that workers share; MiB that are its own alone; the most MiB that were
+        MiB that are resident, with the pages of libraries that workers share; MiB that are unshared; the most MiB that were
         resident at any time, as Linux counts them.
     """
     workers = []
@@ -294,14 +292,14 @@ def worker_memory_mib(running: Running) -> tuple[float, float, float]:
 
 
 def read_digit(reply: object) -> int:
-    """The digit in a reply to a prediction: an object's field, or TorchServe's bare number."""
+    """Find the digit in a reply to a prediction: an object's field, or TorchServe's bare number."""
     digit = reply["digit"] if isinstance(reply, dict) else reply
     assert isinstance(digit, int)
     return digit
 
 
 def read_map(reply: object) -> list[Any]:
-    """The map in a reply to an explanation, nested: this service's, a program's, or TorchServe's bare one."""
+    """Find the map in a reply to an explanation, nested: this service's, a program's, or TorchServe's bare one."""
     found = reply["explanation"] if isinstance(reply, dict) else reply
     if isinstance(found, dict):
         found = found["saliency"]
