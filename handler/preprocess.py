@@ -69,6 +69,7 @@ def preprocess(request: Request, height: int, width: int, *, has_mean: bool = Tr
 
 def _preprocess(request: Request, height: int, width: int, *, has_mean: bool) -> PreparedRequest:
     decoded, options, listed = _decode_all(request, height, width)
+    _require_few_maps([asked for asked in options if asked.explain], has_mean=has_mean)
     images: list[PreparedImage] = []
     errors: dict[int, ClientError] = {}
     prepared_count = 0
@@ -83,15 +84,12 @@ def _preprocess(request: Request, height: int, width: int, *, has_mean: bool) ->
             prepared_count += image.ink_box is not None
         if prepared_count > MAX_PREPARED_IMAGES:
             raise RequestTooLarge(
-                f"expected at most {MAX_PREPARED_IMAGES} images to preprocess in one request, and at most {MAX_IMAGES} that need "
-                f"none ({height}x{width}, ink bright on dark, or 'prepare' 'none'), got more"
+                f"expected at most {MAX_PREPARED_IMAGES} images to preprocess in one request, and at most {MAX_IMAGES} that need no "
+                "preprocessing (with the framing of the training set, or 'prepare' 'none'), got more"
             )
     if errors:
         raise join_errors(errors, len(decoded)) if listed else errors[0]
-    explained = [asked for asked in options if asked.explain]
-    if explained:
-        _require_few_maps(explained, has_mean=has_mean)
-        _require_map_numbers(images, options, MAP_NUMBERS[request.reply_format])
+    _require_map_numbers(images, options, MAP_NUMBERS[request.reply_format])
     return PreparedRequest(request, tuple(images), tuple(options), listed)
 
 
