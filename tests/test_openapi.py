@@ -118,9 +118,11 @@ def accepts(name: str, value: Any) -> bool:
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_document_and_code_accept_the_same_values(name: str) -> None:
-    """Flags as text are left out: the code takes them in JSON too."""
+    """Left out is what the code takes beside: flags as text, and one scalar in a list."""
     schema = validator_of(f"#/components/schemas/Options/properties/{name}")
     candidates = [value for value in CANDIDATES if not (name == "explain" and isinstance(value, str))]
+    if name != "target":
+        candidates = [value for value in candidates if not (isinstance(value, list) and len(value) == 1)]
     for value in candidates:
         assert schema.is_valid(value) == accepts(name, value), value
 
