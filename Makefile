@@ -4,7 +4,7 @@ DATA_DIR ?= build/data
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-LOCKS := tests/requirements.txt scripts/bench/peers/requirements.txt tests/requirements-fuzz.txt .github/requirements-audit.txt
+LOCKS := tests/requirements.txt scripts/bench/peers/requirements.txt tests/requirements-fuzz.txt tests/requirements-clients.txt .github/requirements-audit.txt
 COMPILE = $(BIN)/uv pip compile --universal --generate-hashes --no-header --quiet $(ARGS)
 SOURCES := $(wildcard handler/*.py handler/*/*.py scripts/packaging/*.py) scripts/paths.py model/network.py model/weights.safetensors \
            serve_config/model-config.yaml
@@ -25,7 +25,7 @@ serve: build/digits.mar ## build the archive and serve it on 127.0.0.1:8080; ARG
 test: .venv/.installed-dev ## run the tests, unit and end to end (five minutes on two cores); ARGS="-k name" runs some
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-long: .venv/.installed-dev build/digits.mar ## run the tests that `make test` leaves out: those that measure for long
+test-long: .venv/.installed-dev build/clients/.installed build/digits.mar ## run the tests that `make test` leaves out: those that measure for long
 	$(BIN)/python -m pytest -m long $(ARGS)
 
 test-all: ## run all tests: make test, then make test-long
@@ -96,6 +96,7 @@ lock: .venv/.installed-dev ## pin pyproject.toml's packages with hashes, each wh
 	$(COMPILE) pyproject.toml --group dev --constraint requirements.txt -o tests/requirements.txt
 	$(COMPILE) --group peers --constraint tests/requirements.txt -o scripts/bench/peers/requirements.txt
 	$(COMPILE) --group fuzz -o tests/requirements-fuzz.txt
+	$(COMPILE) --group clients -o tests/requirements-clients.txt
 	$(COMPILE) --group audit --constraint tests/requirements.txt --constraint scripts/bench/peers/requirements.txt -o .github/requirements-audit.txt
 
 audit: build/audit/.installed ## check all locked packages for known vulnerabilities; needs a network; ARGS="-s osv"
@@ -127,6 +128,11 @@ build/digits.mar: .venv/.installed $(SOURCES)
 
 .venv/.installed-fuzz: .venv/.installed-dev tests/requirements-fuzz.txt
 	$(PIP) install --require-hashes -r tests/requirements-fuzz.txt
+	@touch $@
+
+build/clients/.installed: tests/requirements-clients.txt # a venv of its own: these clients want other versions of what the tests use
+	$(PYTHON) -m venv build/clients
+	build/clients/bin/python -m pip --disable-pip-version-check --quiet install --require-hashes -r tests/requirements-clients.txt
 	@touch $@
 
 build/audit/.installed: .github/requirements-audit.txt # a venv of its own: the packages that are checked need not be installed

@@ -12,6 +12,7 @@ LOCKS = {  # by the group of dependencies that pyproject.toml asks for
     "dev": "tests/requirements.txt",
     "peers": "scripts/bench/peers/requirements.txt",
     "fuzz": "tests/requirements-fuzz.txt",
+    "clients": "tests/requirements-clients.txt",
     "audit": ".github/requirements-audit.txt",
 }
 MAKEFILE = (ROOT / "Makefile").read_text()
