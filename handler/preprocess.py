@@ -84,8 +84,8 @@ def _preprocess(request: Request, height: int, width: int, *, has_mean: bool) ->
             prepared_count += image.ink_box is not None
         if prepared_count > MAX_PREPARED_IMAGES:
             raise RequestTooLarge(
-                f"expected at most {MAX_PREPARED_IMAGES} images to preprocess in one request, and at most {MAX_IMAGES} that need no "
-                "preprocessing (with the framing of the training set, or 'prepare' 'none'), got more"
+                f"expected at most {MAX_PREPARED_IMAGES} images to preprocess in one request, and at most {MAX_IMAGES} that need "
+                "no preprocessing (with the framing of the training set, or 'prepare' 'none'), got more"
             )
     if errors:
         raise join_errors(errors, len(decoded)) if listed else errors[0]

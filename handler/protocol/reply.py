@@ -27,6 +27,7 @@ WITH_RESPECT_TO = {
     Space.CANONICAL: "pixel intensity in [0, 1]",
     Space.IMAGE: "grey level in [0, 1] of the image as sent",
 }
+PER_INTENSITY = " per unit of intensity"  # how the unit of a signed derivative ends
 REPLY_HEADERS = (
     *("X-Digit", "X-Probability", "X-Saliency-Method", "X-Saliency-Target", "X-Saliency-Min", "X-Saliency-Max"),
     *("X-Saliency-Completeness-Gap", "X-Saliency-Warnings", "Inference-Header-Content-Length"),
@@ -343,11 +344,23 @@ def _render_png(results: Sequence[Result]) -> Reply:
     methods = [result.options.method for result in results]
     titles = [_title(method) if len(set(methods)) > 1 else "" for method in methods]  # rows of one method need none
     rows = [
-        Row(_image_of_maps(result.image), result.explanation.maps, result.explanation.classes, method.unit, title)
+        _draw_ink(
+            Row(_image_of_maps(result.image), result.explanation.maps, result.explanation.classes, method.unit, title), result
+        )
         for result, method, title in zip(results, methods, titles, strict=True)
         if result.explanation is not None
     ]
     return Reply(HTTPStatus.OK, ReplyFormat.PNG, draw(rows, results[0].options.style), _map_headers(results))
+
+
+def _draw_ink(row: Row, result: Result) -> Row:
+    """Turn the sign of a derivative by dark ink, so that red is where more ink raises the score in both spaces.
+
+    Numbers are by brightness, in the space of the image too; products with the pixel itself have no other sign.
+    """
+    if result.options.space is Space.IMAGE and result.image.inverted and result.options.method.unit.endswith(PER_INTENSITY):
+        return replace(row, maps=-row.maps, unit=row.unit.removesuffix(PER_INTENSITY) + " per unit of darkness")
+    return row
 
 
 def _title(method: Method) -> str:

@@ -5,10 +5,13 @@ import json
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from handler.errors import ClientError, InvalidRequest, RequestTooLarge, ServiceError
 from handler.gradients.explain import Explanation
@@ -16,7 +19,7 @@ from handler.gradients.methods import softmax
 from handler.images.arrays import Tensor
 from handler.images.preparation import ImageWarning, leave_unchanged
 from handler.limits import MAX_BODY_BYTES
-from handler.protocol.options import Options, Targets
+from handler.protocol.options import Options, Space, Targets
 from handler.protocol.reply import Result, render_error, render_results
 from handler.protocol.request import SENT_TWICE_HEADER, Part, ReplyFormat, Request, parse_request
 from scripts.paths import SAMPLE_IMAGE
@@ -308,3 +311,24 @@ def test_warnings_stand_among_the_parameters_of_the_open_inference_protocol() ->
     request = parse(as_json({"inputs": [{"name": "x", "shape": [1, 28, 28], "datatype": "UINT8", "data": [0] * 784}]}), JSON)
     reply = render_results([result_of(*WARNINGS)], request.reply_format, MODEL, listed=True, infer=request.infer)
     assert json.loads(reply.body)["parameters"]["warnings"] == "OtherInk,TouchesBorder"
+
+
+# --- drawings
+
+
+@pytest.mark.parametrize("inverted", [False, True], ids=["bright ink", "dark ink"])
+def test_red_is_where_more_ink_raises_the_score_in_the_space_of_the_image_too(inverted: bool) -> None:
+    """The derivative by brightness of dark ink has the other sign, and is drawn by darkness."""
+    brightness = np.zeros((1, 28, 28), dtype=np.float32)
+    brightness[0, 10:18, 10:18] = -1 if inverted else 1  # more ink raises the score
+    sent = np.full((28, 28), 1.0 if inverted else 0.0, dtype=np.float32)
+    image = replace(leave_unchanged(sent), slope=-1.0 if inverted else 1.0, sent=sent)
+    logits = np.arange(10, dtype=np.float32)
+    result = Result(
+        Options(explain=True, space=Space.IMAGE), image, logits, softmax(logits), Explanation((9,), brightness, brightness)
+    )
+    reply = render_results([result], ReplyFormat.PNG, MODEL, listed=False, infer=None)
+    with Image.open(BytesIO(reply.body)) as drawing:
+        red, _, blue = np.asarray(drawing.convert("RGB").resize((28, 28)), dtype=int)[14, 14]
+    assert red > blue + 50
+    assert float(reply.headers["X-Saliency-Min" if inverted else "X-Saliency-Max"]) == (-1 if inverted else 1)  # numbers stay
