@@ -18,6 +18,7 @@ from scripts.packaging.package import read_archive
 from scripts.paths import SAMPLE_FILES
 from scripts.serving.launcher import Ports, Settings, TorchServe
 from tests.conftest import label_of
+from tests.kinks import dithered_digits
 from tests.oracle import Oracle
 
 BATCH_SIZE = 8
@@ -78,14 +79,10 @@ def server(
 def samples(archive: Path) -> list[Sample]:
     """Test digits with a little noise (without it max pools tie, and ties have no one gradient), and the oracle's answers."""
     oracle = Oracle(read_archive(archive)["weights.safetensors"])
-    random = np.random.default_rng(0)
-    found = []
-    for file in SAMPLE_FILES[::3]:
-        with Image.open(file) as image:
-            noisy = np.asarray(image) + random.integers(0, 14, (28, 28))
-        levels = np.clip(noisy, 0, 255).astype(np.uint8)
-        found.append(Sample(label_of(file), levels, *oracle.explain(levels / 255)))
-    return found
+    return [
+        Sample(label_of(file), levels, *oracle.explain(levels / 255))
+        for file, levels in zip(SAMPLE_FILES[::3], dithered_digits()[::3], strict=True)
+    ]
 
 
 @pytest.fixture

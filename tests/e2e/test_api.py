@@ -22,8 +22,7 @@ from scripts.serving.launcher import TorchServe
 from tests.conftest import label_of
 from tests.e2e.conftest import BATCH_SIZE, TIMEOUT_S, Sample
 from tests.hostile import png_header
-
-ATOL = 5e-5  # float32 against float64
+from tests.tolerance import PROBABILITY_SHARE, require_close
 
 Arguments = dict[str, Any]  # of requests.request
 
@@ -49,9 +48,9 @@ def check_prediction(reply: requests.Response, sample: Sample) -> dict[str, Any]
     assert reply.status_code == 200, reply.text
     assert reply.headers["content-type"] == "application/json"
     content: dict[str, Any] = reply.json()
-    np.testing.assert_allclose(content["logits"], sample.logits, atol=ATOL)
+    require_close(content["logits"], sample.logits)
     probabilities = np.exp(sample.logits) / np.exp(sample.logits).sum()
-    np.testing.assert_allclose(content["probabilities"], probabilities, atol=ATOL)
+    require_close(content["probabilities"], probabilities, PROBABILITY_SHARE)
     assert content["digit"] == sample.predicted
     assert content["probability"] == content["probabilities"][sample.predicted]
     return content
@@ -67,7 +66,7 @@ def check_explanation(reply: requests.Response, sample: Sample, target: int | li
     saliency = explanation["saliency"]
     if explanation["encoding"] == "base64":
         saliency = np.frombuffer(base64.b64decode(saliency), dtype="<f4").reshape(explanation["shape"])
-    np.testing.assert_allclose(saliency, expected, atol=ATOL)
+    require_close(saliency, expected, row_axes=2)
 
 
 def check_npy(reply: requests.Response, sample: Sample, target: int | list[int]) -> None:
@@ -75,7 +74,7 @@ def check_npy(reply: requests.Response, sample: Sample, target: int | list[int])
     assert reply.headers["content-type"] == "application/x-npy"
     array: NDArray[np.float32] = np.load(BytesIO(reply.content))
     assert array.dtype == np.float32
-    np.testing.assert_allclose(array, sample.jacobian[target], atol=ATOL)
+    require_close(array, sample.jacobian[target], row_axes=2)
     assert reply.headers["X-Digit"] == str(sample.predicted)
     assert reply.headers["X-Saliency-Target"] == ",".join(str(k) for k in np.atleast_1d(target))
     assert float(reply.headers["X-Saliency-Max"]) == array.max()
