@@ -19,10 +19,10 @@ from PIL import Image
 
 from scripts.serving.launcher import TorchServe
 from tests.hostile import png_header
+from tests.tolerance import PROBABILITY_SHARE, require_close
 
 BATCH_SIZE = 8
 TIMEOUT_S = 30
-ATOL = 5e-5  # float32 against float64
 JSON = {"Content-Type": "application/json"}
 V1_PREDICT = "/v1/models/digits:predict"
 V1_EXPLAIN = "/v1/models/digits:explain"
@@ -96,9 +96,9 @@ def check_prediction(reply: requests.Response, sample: Sample) -> dict[str, Any]
     assert reply.status_code == 200, reply.text
     assert reply.headers["content-type"] == "application/json"
     content: dict[str, Any] = reply.json()
-    np.testing.assert_allclose(content["logits"], sample.logits, atol=ATOL)
+    require_close(content["logits"], sample.logits)
     probabilities = np.exp(sample.logits) / np.exp(sample.logits).sum()
-    np.testing.assert_allclose(content["probabilities"], probabilities, atol=ATOL)
+    require_close(content["probabilities"], probabilities, PROBABILITY_SHARE)
     assert content["digit"] == sample.predicted
     assert content["probability"] == content["probabilities"][sample.predicted]
     return content
@@ -114,7 +114,7 @@ def check_explanation(reply: requests.Response, sample: Sample, target: int | li
     saliency = explanation["saliency"]
     if explanation["encoding"] == "base64":
         saliency = np.frombuffer(base64.b64decode(saliency), dtype="<f4").reshape(explanation["shape"])
-    np.testing.assert_allclose(saliency, expected, atol=ATOL)
+    require_close(saliency, expected, row_axes=2)
 
 
 def check_error(reply: requests.Response, status: int, kind: str) -> None:

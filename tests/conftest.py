@@ -18,6 +18,7 @@ from handler.gradients.explain import Autograd, Differentiable
 from scripts.network import load_committed_network
 from scripts.packaging.package import build_archive
 from scripts.paths import MODEL_CONFIG, MODEL_FILE, SAMPLE_FILES, WEIGHTS_FILE
+from tests.kinks import dithered_digits
 
 # Tests run beside each other and beside servers: more threads than one would only wait for each other.
 torch.set_num_threads(1)
@@ -60,6 +61,12 @@ def digit_pixels() -> NDArray[np.float32]:
 def digit_batch(digit_pixels: NDArray[np.float32]) -> torch.Tensor:
     """All test digits as input of the network: (50, 1, 28, 28)."""
     return torch.from_numpy(digit_pixels)[:, None]
+
+
+@pytest.fixture(scope="session")
+def dithered_batch() -> torch.Tensor:
+    """The same with a little noise, away from every kink of the network: (50, 1, 28, 28)."""
+    return torch.from_numpy(dithered_digits().astype(np.float32) / np.float32(255))[:, None]
 
 
 def write_mnist(data_dir: Path, name: str, images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> None:

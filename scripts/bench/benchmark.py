@@ -292,7 +292,7 @@ def require_same_maps(name: str, found: NDArray[np.float64], expected: NDArray[n
     """
     difference = largest_difference(found, expected)
     if not difference <= MAX_MAP_DIFFERENCE:  # NaN is not
-        raise BenchmarkError(f"{name} has maps that differ from those of {OURS} by {difference:.2g}")
+        raise BenchmarkError(f"{name} has maps that differ from those of {OURS} by {difference:.2g} of their largest number")
     return difference
 
 

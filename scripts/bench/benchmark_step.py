@@ -133,7 +133,7 @@ def check_maps(ways: Mapping[str, Way], pixels: torch.Tensor, targets: torch.Ten
     """Compare the ways that differentiate logits with autograd.
 
     Returns:
-        the `largest_difference` of all, in logit per unit of intensity.
+        the `largest_difference` of all.
     Raises:
         ValueError: it is larger than MAX_MAP_DIFFERENCE.
     """
@@ -141,7 +141,7 @@ def check_maps(ways: Mapping[str, Way], pixels: torch.Tensor, targets: torch.Ten
     others = [_stack(ways[name](pixels, targets)) for name in (OURS, CAPTUM) if name in ways]
     difference = float(np.max([largest_difference(other, expected) for other in others]))
     if not difference <= MAX_MAP_DIFFERENCE:  # NaN is not
-        raise ValueError(f"the ways differ by {difference:.2g} logit per unit of intensity at batch size {len(pixels)}")
+        raise ValueError(f"the ways differ by {difference:.2g} of a map's largest number at batch size {len(pixels)}")
     return difference
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from scripts.paths import SAMPLE_FILES
 
 NOISE_LEVELS = 14  # noise that `dither` adds is below this, of 255
-MAX_MAP_DIFFERENCE = 1e-4  # logit per unit of intensity, between maps that count as the same
+MAX_MAP_DIFFERENCE = 2e-5  # of a map's largest number, between maps that count as the same
 SAME_MAPS_SHARE = 0.9  # of the images; the others may hold ties, where either gradient is right
 
 
@@ -47,6 +47,19 @@ def dither(png: bytes, seed: int) -> bytes:
 
 
 def largest_difference(found: NDArray[np.floating], expected: NDArray[np.floating]) -> float:
-    """Compare maps (N, ...): the largest difference of a number in the SAME_MAPS_SHARE of the maps that agree best."""
-    differences = np.abs(found - expected).reshape(len(found), -1).max(axis=1)
+    """Compare maps (N, ...): the largest of the `relative_differences` in the SAME_MAPS_SHARE of the maps that agree best."""
+    differences = relative_differences(found, expected, row_axes=expected.ndim - 1)
     return float(np.quantile(differences, SAME_MAPS_SHARE, method="higher"))
+
+
+def relative_differences(found: NDArray[np.floating], expected: NDArray[np.floating], row_axes: int) -> NDArray[np.floating]:
+    """Compare rows, each of the last `row_axes` axes: the largest difference, as a share of the row's largest expected number.
+
+    Returns:
+        an array of the remaining axes; 0 where nothing differs, NaN where a number is NaN.
+    """
+    axes = tuple(range(-row_axes, 0))
+    differences, largest = (np.abs(rows).max(axis=axes) for rows in (found - expected, expected))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares: NDArray[np.floating] = np.where(differences == 0, differences, differences / largest)
+    return shares  # a row of zeros that agrees is not 0 / 0

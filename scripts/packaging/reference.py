@@ -6,7 +6,9 @@ The answer is PyTorch's own, by autograd in float64, and shares nothing with the
 
 import copy
 import json
+import math
 import random
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -15,10 +17,11 @@ from torch import nn
 from handler.gradients.compiler import Shape
 from handler.gradients.explain import freeze
 
-DECIMALS = 5  # of what is written: the same on every machine
+DIGITS = 7  # of the largest logit, and of the largest number of the map: as many as float32 has, the same on every machine
 MARGIN = 1e-5  # of intensity: changes of this size must not change the map. float32 and other devices differ by less
+MAX_CHANGE = 1e-5  # of the map's largest number, that such a change may make
 NEIGHBOURS = 16
-MIN_LEAD = 1.0  # of the best logit before the second, so that the digit is the same everywhere too
+MIN_LEAD = 0.05  # of the largest logit: the best one's before the second, so that the digit is the same everywhere too
 MAX_TRIES = 1000
 
 
@@ -44,11 +47,13 @@ def make_reference_answer(network: nn.Module, weights_sha256: str) -> bytes:
         digit = int(exact(pixels).argmax())
         logits, maps = _explain(exact, torch.cat([pixels, neighbours]), digit)
         best, second = logits[0].topk(2).values.tolist()
-        if best - second >= MIN_LEAD and float((maps - maps[0]).abs().max()) <= MARGIN:
+        is_clear = best - second >= MIN_LEAD * float(logits[0].abs().max())
+        if is_clear and float((maps - maps[0]).abs().max()) <= MAX_CHANGE * float(maps[0].abs().max()):
+            saliency = _round(maps[0].flatten().tolist())
             answer = {
                 "digit": digit,
-                "logits": [round(number, DECIMALS) for number in logits[0].tolist()],
-                "saliency": [[round(number, DECIMALS) for number in row] for row in maps[0, 0].tolist()],
+                "logits": _round(logits[0].tolist()),
+                "saliency": [saliency[start : start + width] for start in range(0, len(saliency), width)],
             }
             return json.dumps({"weights_sha256": weights_sha256, "pixels": rows, **answer}).encode()
     raise ValueError(f"none of {MAX_TRIES} images is clearly of one class and far from every kink of the network")
@@ -60,3 +65,10 @@ def _explain(network: nn.Module, pixels: torch.Tensor, digit: int) -> tuple[torc
     logits = network(pixels)
     (gradient,) = torch.autograd.grad(logits[:, digit].sum(), pixels)
     return logits.detach(), gradient
+
+
+def _round(numbers: Sequence[float]) -> list[float]:
+    """Round all to the decimals with which the largest has DIGITS digits."""
+    largest = max(abs(number) for number in numbers)
+    decimals = DIGITS - 1 - math.floor(math.log10(largest)) if largest else 0
+    return [round(number, decimals) for number in numbers]

@@ -4,19 +4,21 @@
 
 `package.py` runs it in a process that sees nothing of the repo. Prints one line of JSON: the model as the handler describes it,
 the digit that it predicts for the archive's own image, what differentiates it, and the largest difference between its logits and
-gradient and those of the archive's reference answer.
+gradient and those of the archive's reference answer, as a share of the largest logit or number of the gradient.
 """
 
 import importlib
 import itertools
 import json
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ts.context import Context, RequestProcessor
 from ts.model_loader import ModelLoaderFactory
 
-TOLERANCE = 5e-5  # in logits, and in logit per unit of intensity: float32 beside float64, rounded
+TOLERANCE = 5e-6  # of the largest logit, and of the gradient's largest number: float32 beside float64, written with seven digits
 
 
 def main() -> int:
@@ -36,13 +38,23 @@ def main() -> int:
     (body,) = handler.handle([{"body": {"data": reference["pixels"], "prepare": "none"}}], context)
     reply = json.loads(body)
 
-    served = [*reply["logits"], *itertools.chain(*reply["explanation"]["saliency"])]
-    expected = [*reference["logits"], *itertools.chain(*reference["saliency"])]
-    difference = max(abs(one - other) for one, other in zip(served, expected, strict=True))
+    difference = max(
+        relative_difference(reply["logits"], reference["logits"]),
+        relative_difference([*itertools.chain(*reply["explanation"]["saliency"])], [*itertools.chain(*reference["saliency"])]),
+    )
     kept = reply["digit"] == reference["digit"] and reply["model"]["weights_sha256"] == reference["weights_sha256"]
     derivative = type(handler.differentiable).__name__
     print(json.dumps({"model": reply["model"], "digit": reply["digit"], "by": derivative, "difference": difference}))
-    return int(not kept or difference > TOLERANCE)
+    return int(not kept or not difference <= TOLERANCE)
+
+
+def relative_difference(served: Sequence[float], expected: Sequence[float]) -> float:
+    """The largest difference, as a share of the largest expected number; infinite where a number is NaN."""
+    differences = [abs(one - other) for one, other in zip(served, expected, strict=True)]
+    if not any(differences):  # also where all are 0
+        return 0.0
+    largest = max(abs(number) for number in expected)
+    return max(differences) / largest if largest and not any(map(math.isnan, differences)) else math.inf
 
 
 if __name__ == "__main__":

@@ -6,17 +6,16 @@ import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import requests
 import torch
-from PIL import Image
 
 from scripts.packaging.package import read_archive
 from scripts.paths import SAMPLE_FILES
 from scripts.serving.launcher import Ports, Settings, TorchServe
 from tests.client import BATCH_SIZE, TIMEOUT_S, Sample
 from tests.conftest import label_of
+from tests.kinks import dithered_digits
 from tests.oracle import Oracle
 from tests.servers import wait_for
 
@@ -56,14 +55,10 @@ def server(
 def samples(archive: Path) -> list[Sample]:
     """Test digits and the oracle's answers. A little noise breaks ties in the max pools, where the gradient is not unique."""
     oracle = Oracle(read_archive(archive)["weights.safetensors"])
-    random = np.random.default_rng(0)
-    found = []
-    for file in SAMPLE_FILES[::3]:
-        with Image.open(file) as image:
-            noisy = np.asarray(image) + random.integers(0, 14, (28, 28))
-        levels = np.clip(noisy, 0, 255).astype(np.uint8)
-        found.append(Sample(label_of(file), levels, *oracle.explain(levels / 255)))
-    return found
+    return [
+        Sample(label_of(file), levels, *oracle.explain(levels / 255))
+        for file, levels in zip(SAMPLE_FILES[::3], dithered_digits()[::3], strict=True)
+    ]
 
 
 @pytest.fixture

@@ -8,11 +8,12 @@ import pytest
 
 from scripts.bench import benchmark
 from scripts.bench.benchmark import BenchmarkError, check_answers
-from scripts.bench.digits import dither
 from scripts.bench.peers.systems import SYSTEMS, Running, Workplace
 from scripts.bench.rounds import LONE_CONNECTION
 from scripts.paths import SAMPLE_FILES
 from scripts.serving.launcher import TorchServe
+from tests.kinks import dithered_png
+from tests.tolerance import FLOAT32_SHARE
 
 
 @pytest.mark.long
@@ -62,11 +63,13 @@ def running(server: TorchServe) -> Running:
 
 @pytest.fixture
 def images() -> list[bytes]:
-    return [dither(file.read_bytes(), seed) for seed, file in enumerate(SAMPLE_FILES[5::20])]
+    return [dithered_png(file) for file in SAMPLE_FILES[5::20]]
 
 
 def test_same_answers_pass(running: Running, images: list[bytes]) -> None:
-    assert check_answers({"ours": running, "mosec": running, "stock-1": running}, images) == {"mosec": pytest.approx(0, abs=1e-5)}
+    assert check_answers({"ours": running, "mosec": running, "stock-1": running}, images) == {
+        "mosec": pytest.approx(0, abs=FLOAT32_SHARE)
+    }
 
 
 @pytest.mark.parametrize("name", ["saliency", "fastapi", "mosec"])
@@ -77,7 +80,7 @@ def test_peer_gives_the_same_answers(
     if peer.missing():
         pytest.skip(f"not installed: {', '.join(peer.missing())}")
     with peer.start(Workplace(tmp_path_factory.mktemp(name), workers=1)) as started:
-        assert check_answers({"ours": running, name: started}, images) == {name: pytest.approx(0, abs=1e-5)}
+        assert check_answers({"ours": running, name: started}, images) == {name: pytest.approx(0, abs=FLOAT32_SHARE)}
         processes = started.processes()
         assert processes
     assert psutil.wait_procs(processes, timeout=10)[1] == []

@@ -37,6 +37,7 @@ from scripts.paths import SERVE_CONFIG
 from scripts.serving.launcher import Ports, ServeError, Settings, TorchServe
 from tests.client import TIMEOUT_S, Sample
 from tests.servers import RECOVERY_S, processes_with, read_until, serving, wait_for, wait_for_workers, workers_of
+from tests.tolerance import FLOAT32_SHARE, relative_difference
 
 CLIENTS = 6
 BAD_CLIENTS = 6
@@ -44,7 +45,6 @@ BATCH_SIZE = 4
 QUEUE_SIZE = 20
 RESPONSE_TIMEOUT_S = 6  # long enough for a slow machine, as right workers must keep to it too
 SILENCE_S = 120  # a client that waited for so long would be one that was forgotten
-TOLERANCE = 5e-4
 
 RIGHT, REFUSED, BROKEN, SILENT, WRONG = "right", "error reply", "connection broken", "no end", "WRONG"
 
@@ -143,11 +143,11 @@ def ask(session: requests.Session, address: str, sample: Sample, *, explain: boo
 def wrong_in(content: dict[str, Any], sample: Sample, *, explain: bool) -> str:
     if content["digit"] != sample.predicted:
         return f"digit {content['digit']}"
-    if not np.allclose(content["logits"], sample.logits, atol=TOLERANCE):
+    if not relative_difference(content["logits"], sample.logits) <= FLOAT32_SHARE:
         return "logits"
     if explain:
         saliency = np.frombuffer(base64.b64decode(content["explanation"]["saliency"]), "<f4").reshape(28, 28)
-        if not np.allclose(saliency, sample.jacobian[sample.predicted], atol=TOLERANCE):
+        if not relative_difference(saliency, sample.jacobian[sample.predicted], row_axes=2) <= FLOAT32_SHARE:
             return "saliency"
     elif "explanation" in content:
         return "an explanation that was not asked for"
@@ -485,7 +485,7 @@ def test_requests_in_flight_are_answered_before_the_end(
             reply = requests.post(
                 f"{load.address}/explanations/digits", data=content.getvalue(), headers=headers, timeout=SILENCE_S
             )
-            right = reply.ok and np.allclose(np.load(io.BytesIO(reply.content)), maps, atol=TOLERANCE)
+            right = reply.ok and relative_difference(np.load(io.BytesIO(reply.content)), maps, row_axes=2) <= FLOAT32_SHARE
             end = (RIGHT, "") if right else (WRONG if reply.ok else REFUSED, reply.text[:200])
         except requests.Timeout as error:
             end = (SILENT, repr(error))

@@ -41,8 +41,11 @@ from tests.client import (
     explain,
     predict,
 )
+from tests.tolerance import FLOAT32_SHARE, require_close
 
 MEAN = np.full((1, 1, 1), MNIST_MEAN, np.float32)
+LOSS_SHARE = 1e-4  # of the largest number of a loss's gradient: the rounding of logits of 41
+GAP_SHARE = 1e-3  # of the largest logit; one of the points may have another gradient, where a max pool ties but for rounding
 METHODS: list[Method] = [
     GRADIENT,
     LossGradient(),
@@ -76,9 +79,13 @@ class Reference:
         """
         expected = self.explain(sample, target, method).maps[0, 0]
         differences = np.abs(np.asarray(saliency) - expected)
+        largest = np.abs(expected).max()
         assert differences.shape == (28, 28)
-        assert np.quantile(differences, 0.75) < 5e-5
-        assert differences.max() < (5e-5 if method.gradient_count == 1 else 0.25 * np.abs(expected).max())
+        if isinstance(method, LossGradient):  # weighed by probabilities, whose shares are as exact as logits are in numbers
+            assert differences.max() <= LOSS_SHARE * largest
+            largest = np.abs(self.explain(sample, target, GRADIENT).maps).max()
+        assert np.quantile(differences, 0.75) <= FLOAT32_SHARE * largest
+        assert differences.max() <= (FLOAT32_SHARE if method.gradient_count == 1 else 0.25) * largest
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +172,8 @@ def test_gap_is_by_how_much_the_map_misses_the_difference_of_scores(
         differences = (np.array(content["logits"]) - start)[targets]
         sums = np.array(content["explanation"]["saliency"]).sum(axis=(1, 2))
         assert content["explanation"]["target"] == targets
-        np.testing.assert_allclose(content["explanation"]["completeness_gap"], sums - differences, rtol=0, atol=1e-4)
+        largest = np.abs(content["logits"]).max() + np.abs(start).max()  # what a gap is the rest of
+        require_close(content["explanation"]["completeness_gap"], sums - differences, of=largest)
 
 
 def test_same_seed_gives_the_same_map(server: TorchServe, samples: list[Sample]) -> None:
@@ -174,7 +182,7 @@ def test_same_seed_gives_the_same_map(server: TorchServe, samples: list[Sample])
         return np.array(ask(server, explain(json=fields)).json()["explanation"]["saliency"])
 
     first = saliency(1)
-    np.testing.assert_allclose(saliency(1), first, rtol=0, atol=1e-5)
+    require_close(saliency(1), first, row_axes=2)
     assert np.abs(saliency(2) - first).max() > 1e-2
 
 
@@ -208,10 +216,9 @@ def test_tensors_say_method_parameters_and_gap(
         reference.assert_map(saliency, sample, 6, method)
     assert ("completeness_gap" in outputs) == isinstance(method, IntegratedGradients)
     if "completeness_gap" in outputs:
-        expected = [reference.explain(sample, 6, method).convergence_deltas for sample in samples[:2]]
-        np.testing.assert_allclose(
-            outputs["completeness_gap"], np.concatenate([gap for gap in expected if gap is not None]), atol=0.05
-        )
+        expected = np.array([reference.explain(sample, 6, method).convergence_deltas for sample in samples[:2]])
+        largest = [np.abs(sample.logits).max() for sample in samples[:2]]
+        require_close(outputs["completeness_gap"].reshape(expected.shape), expected, GAP_SHARE, of=largest)
 
 
 @BY_METHOD
@@ -230,12 +237,13 @@ def test_npy_and_png_replies_name_the_method(
         assert len(drawn.convert("RGB").getcolors(56 * 56) or []) > 50
     for reply in (npy, png):
         assert reply.headers["X-Saliency-Method"] == method.name
-        assert float(reply.headers["X-Saliency-Max"]) == pytest.approx(array.max(), abs=1e-4)
+        require_close([float(reply.headers["X-Saliency-Max"])], [array.max()], of=np.abs(array).max())
         assert ("X-Saliency-Completeness-Gap" in reply.headers) == isinstance(method, IntegratedGradients)
     if isinstance(method, IntegratedGradients):
         gaps = reference.explain(samples[1], None, method).convergence_deltas
         assert gaps is not None
-        assert float(npy.headers["X-Saliency-Completeness-Gap"]) == pytest.approx(gaps[0], abs=0.05)
+        largest = np.abs(samples[1].logits).max()
+        require_close([float(npy.headers["X-Saliency-Completeness-Gap"])], gaps, GAP_SHARE, of=largest)
 
 
 def test_npy_of_several_methods_names_each(server: TorchServe, samples: list[Sample], reference: Reference) -> None:
@@ -273,8 +281,9 @@ def test_maps_in_the_pixels_of_the_clients_image(server: TorchServe, samples: li
 
     gradient = saliency(method="gradient")
     assert np.abs(gradient).max() > 1e-2
-    np.testing.assert_allclose(saliency(method="gradient_x_input"), gradient * (np.asarray(sent) / 255), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(saliency(method="smoothgrad", noise=0, samples=2), gradient, rtol=0, atol=1e-4)
+    require_close(saliency(method="gradient_x_input"), gradient * (np.asarray(sent) / 255), row_axes=2)
+    # One sample: flat paper ties in the pools, where a batch of two may round to another winner.
+    require_close(saliency(method="smoothgrad", noise=0, samples=1), gradient, row_axes=2)
     loss = saliency(method="loss_gradient")
     assert loss.ravel() @ gradient.ravel() < 0
 

@@ -19,6 +19,7 @@ from scripts.serving.launcher import TorchServe
 from tests.client import TIMEOUT_S
 from tests.conftest import label_of
 from tests.oracle import Oracle
+from tests.tolerance import require_close
 
 FILE = SAMPLE_FILES[25]
 
@@ -71,7 +72,7 @@ def test_map_in_the_clients_pixels_is_the_chain_rule(server: TorchServe, archive
     assert explanation["with_respect_to"] == "grey level in [0, 1] of the image as sent"
     assert "geometry" in explanation["held_fixed"]
     expected = prepare_digit(grey, 28, 28).pull_back(map_of(canonical))
-    np.testing.assert_allclose(map_of(explanation), expected, atol=1e-5 + 1e-4 * float(np.abs(expected).max()))
+    require_close(map_of(explanation), expected, row_axes=2)
 
 
 def test_map_of_a_canonical_image_is_the_same_in_both_spaces(server: TorchServe) -> None:
@@ -79,7 +80,7 @@ def test_map_of_a_canonical_image_is_the_same_in_both_spaces(server: TorchServe)
     image, canonical = (
         map_of(ask(server, content, **{"X-Saliency-Space": space}).json()["explanation"]) for space in ("image", "canonical")
     )
-    np.testing.assert_allclose(image, canonical, atol=1e-5)
+    require_close(image, canonical, row_axes=2)
 
 
 def test_prepared_pixels_are_what_the_network_gets(server: TorchServe, archive: Any) -> None:
@@ -89,7 +90,7 @@ def test_prepared_pixels_are_what_the_network_gets(server: TorchServe, archive: 
     content = photo_of("grey paper", seed=4)
     pixels = prepare_digit(decode_image(content).grey, 28, 28).pixels
     logits, _ = Oracle(read_archive(archive)["weights.safetensors"]).explain(pixels.astype(np.float64))
-    np.testing.assert_allclose(ask(server, content).json()["logits"], logits, atol=5e-5)
+    require_close(ask(server, content).json()["logits"], logits)
 
 
 def test_map_of_too_many_pixels_is_refused_with_the_limit(server: TorchServe) -> None:

@@ -16,6 +16,7 @@ from handler.gradients.compiled import CompiledPass, load_compiled_pass, to_chan
 from handler.gradients.compiler import compile_pass
 from handler.gradients.explain import Autograd, freeze
 from model.network import DigitNetwork
+from tests.tolerance import FLOAT64_SHARE, require_close
 
 Shape = tuple[int, int, int]
 
@@ -105,11 +106,11 @@ def test_derived_pass_gives_autograds_numbers(name: str, tmp_path: Path) -> None
     for row_count, explained_count in ((1, 1), (5, 5), (6, 2)):
         pixels = torch.rand(row_count, *shape, generator=random, dtype=torch.float64)
         (logits, saved), (expected, expected_saved) = (d.score(pixels, explained_count) for d in (compiled_pass, reference))
-        torch.testing.assert_close(logits, expected)
+        require_close(logits, expected, FLOAT64_SHARE)
         cotangents = torch.randn(explained_count, expected.shape[1], generator=random, dtype=torch.float64)
         gradients = compiled_pass.pull_back(saved, cotangents)
         assert gradients.shape == (explained_count, *shape)
-        torch.testing.assert_close(gradients, reference.pull_back(expected_saved, cotangents))
+        require_close(gradients, reference.pull_back(expected_saved, cotangents), FLOAT64_SHARE, row_axes=3)
 
 
 def calls_of(source: str) -> tuple[list[str], list[str]]:
@@ -172,7 +173,7 @@ def test_tied_maxima_give_the_gradient_to_the_first_as_autograd_does(tmp_path: P
     assert isinstance(compiled_pass, CompiledPass)
     pixels, cotangents = torch.ones(2, 1, 5, 5), torch.randn(2, 3)
     gradients, expected = (d.pull_back(d.score(pixels, 2)[1], cotangents) for d in (compiled_pass, Autograd(network)))
-    torch.testing.assert_close(gradients, expected)
+    require_close(gradients, expected, row_axes=3)
     assert gradients[:, :, 1::2].count_nonzero() == gradients[:, :, :, 1::2].count_nonzero() == 0
 
 
@@ -202,6 +203,22 @@ def test_pass_that_is_not_autograds_is_not_used(
     with caplog.at_level(logging.WARNING):
         assert isinstance(load_compiled_pass(file, network, DigitNetwork.INPUT_SHAPE), Autograd)
     assert message in caplog.text
+
+
+@pytest.mark.parametrize("bias", [0.0, -3.0], ids=["all logits are 0", "all gradients are 0"])
+def test_rows_of_zeros_are_compared_too(tmp_path: Path, caplog: pytest.LogCaptureFixture, bias: float) -> None:
+    linear = nn.Linear(12, 5)
+    nn.init.zeros_(linear.weight)
+    nn.init.constant_(linear.bias, bias)
+    network = freeze(nn.Sequential(nn.Flatten(), linear))
+    file = write_pass(network, (1, 3, 4), tmp_path)
+    assert isinstance(load_compiled_pass(file, network, (1, 3, 4)), CompiledPass)
+    source = file.read_text()
+    file.write_text(re.sub(r"return (\w+)\n$", r"return \1 + 1e-30\n", source))
+    assert file.read_text() != source
+    with caplog.at_level(logging.WARNING):
+        assert isinstance(load_compiled_pass(file, network, (1, 3, 4)), Autograd)
+    assert "Autograd used instead, off by inf of the largest value" in caplog.text
 
 
 def test_missing_pass_is_not_used(network: nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -36,10 +36,12 @@ from handler.saliency_handler import SaliencyHandler
 from handler.torchserve import leave_with_a_lost_gpu
 from scripts.paths import SAMPLE_FILES
 from tests.conftest import label_of
+from tests.kinks import dithered_digits, dithered_png
+from tests.tolerance import FLOAT32_SHARE, PROBABILITY_SHARE, require_close
 from tests.worker import MIXED, Batch, answer, context_for
 
 FILE = SAMPLE_FILES[36]  # a seven
-IMAGE = FILE.read_bytes()
+IMAGE = dithered_png(FILE)
 
 
 @pytest.fixture
@@ -63,25 +65,29 @@ def test_every_row_of_a_mixed_batch_gets_the_answer_that_it_gets_alone(handler: 
 def assert_close_bodies(content_type: str, body: bytes, other: bytes) -> None:
     """Equal within float32 rounding, in any reply format."""
     if content_type == "application/json":
-        assert_close_everywhere(json.loads(body), json.loads(other))
+        assert_close(json.loads(body), json.loads(other))
     elif content_type == "image/png":
         with Image.open(io.BytesIO(body)) as drawn, Image.open(io.BytesIO(other)) as drawn_alone:
             np.testing.assert_allclose(np.asarray(drawn).astype(int), np.asarray(drawn_alone).astype(int), atol=3)
     else:
-        np.testing.assert_allclose(np.load(io.BytesIO(body)), np.load(io.BytesIO(other)), rtol=0, atol=1e-5)
+        require_close(np.load(io.BytesIO(body)), np.load(io.BytesIO(other)), row_axes=2)
 
 
-def assert_close(one: Any, other: Any) -> None:
+def assert_close(one: Any, other: Any, share: float = FLOAT32_SHARE) -> None:
     """Equal, with a tolerance for floats, however deep."""
     assert type(one) is type(other)
     if isinstance(one, dict):
         assert one.keys() == other.keys()
         for key in one:
-            assert_close(one[key], other[key])
+            assert_close(one[key], other[key], PROBABILITY_SHARE if "probabilit" in key else FLOAT32_SHARE)
+    elif isinstance(one, list) and one and isinstance(one[0], (int, float, list)):
+        require_close(one, other, share, row_axes=min(np.ndim(one), 2))  # logits and the like, or maps
     elif isinstance(one, list):
-        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+        assert len(one) == len(other)
+        for left, right in zip(one, other, strict=True):
+            assert_close(left, right)
     elif isinstance(one, float):
-        assert one == pytest.approx(other, abs=1e-5)
+        assert one == pytest.approx(other, rel=share, abs=0)
     else:
         assert one == other
 
@@ -95,11 +101,11 @@ def test_json_reply_says_all_that_the_contract_says(handler: SaliencyHandler, ne
     assert headers == {"content-type": "application/json"}
     assert reply.keys() == {"digit", "probability", "probabilities", "logits", "explanation", "preparation", "model"}
     assert reply["digit"] == 7 == label_of(FILE)
-    np.testing.assert_allclose(reply["logits"], logits[0], atol=1e-5)
-    np.testing.assert_allclose(reply["probabilities"], torch.from_numpy(logits[0]).double().softmax(0).numpy(), atol=1e-6)
+    require_close(reply["logits"], logits[0])
+    require_close(reply["probabilities"], torch.from_numpy(logits[0]).double().softmax(0).numpy(), 1e-6)
     assert reply["probability"] == reply["probabilities"][7]
     saliency = reply["explanation"].pop("saliency")
-    np.testing.assert_allclose(saliency, explanation.maps[0, 0], atol=1e-5)
+    require_close(saliency, explanation.maps[0, 0], row_axes=2)
     assert reply["explanation"] == {
         "method": "gradient",
         "output": "logit",
@@ -116,7 +122,8 @@ def test_json_reply_says_all_that_the_contract_says(handler: SaliencyHandler, ne
 
 
 def pixels_of(file: Path) -> NDArray[np.float32]:
-    return np.asarray(Image.open(file)).astype(np.float32) / np.float32(255)
+    pixels: NDArray[np.float32] = levels_of([file])[0].astype(np.float32) / np.float32(255)
+    return pixels
 
 
 def test_base64_and_npy_hold_the_very_floats_of_the_nested_form(handler: SaliencyHandler, tmp_path: Path) -> None:
@@ -134,10 +141,10 @@ def test_base64_and_npy_hold_the_very_floats_of_the_nested_form(handler: Salienc
     expected = np.array(explanation["saliency"], dtype=np.float32)
     decoded = np.frombuffer(base64.b64decode(explanation_encoded["saliency"]), dtype="<f4").reshape(2, 28, 28)
     np.testing.assert_array_equal(decoded, decoded.astype(np.float32))
-    np.testing.assert_allclose(decoded, expected, rtol=0, atol=1e-5)  # another row of the batch
+    require_close(decoded, expected, row_axes=2)  # another row of the batch
     array = np.load(io.BytesIO(npy[2]))
     assert array.dtype == np.dtype("<f4")
-    np.testing.assert_allclose(array, expected, rtol=0, atol=1e-5)
+    require_close(array, expected, row_axes=2)
     assert npy[1] | {"X-Probability": "", "X-Saliency-Min": "", "X-Saliency-Max": ""} == {
         "content-type": "application/x-npy",
         "X-Digit": "7",
@@ -156,7 +163,7 @@ def test_png_shows_the_map_of_its_own_row_over_its_own_image(
 ) -> None:
     """Every row of a batch another digit, and each drawing what the drawing module makes of that digit's own map."""
     rows: Batch = [
-        ({"body": bytearray(file.read_bytes())}, {"explain": "True", "Accept": "image/png", "X-Saliency-Size": "56"})
+        ({"body": bytearray(dithered_png(file))}, {"explain": "True", "Accept": "image/png", "X-Saliency-Size": "56"})
         for file in SAMPLE_FILES[::10]
     ]
     for file, (status, headers, body) in zip(SAMPLE_FILES[::10], answer(handler, rows, tmp_path / "unpacked"), strict=True):
@@ -170,8 +177,8 @@ def test_png_shows_the_map_of_its_own_row_over_its_own_image(
             difference = np.asarray(drawn).astype(int) - np.asarray(wanted)
         assert np.abs(difference).max() <= 3, "more than float32's rounding between batches can do"
         assert headers["X-Digit"] == headers["X-Saliency-Target"] == str(int(logits.argmax()))
-        assert float(headers["X-Saliency-Min"]) == pytest.approx(maps.min(), abs=1e-5)
-        assert float(headers["X-Saliency-Max"]) == pytest.approx(maps.max(), abs=1e-5)
+        extremes = [float(headers[f"X-Saliency-{name}"]) for name in ("Min", "Max")]
+        require_close(extremes, [maps.min(), maps.max()])
 
 
 def test_drawing_that_would_be_too_large_costs_its_neighbours_nothing(handler: SaliencyHandler, tmp_path: Path) -> None:
@@ -426,7 +433,7 @@ def npy(array: NDArray[Any]) -> bytes:
 
 
 def levels_of(files: list[Path]) -> NDArray[np.uint8]:
-    return np.stack([np.asarray(Image.open(file)) for file in files])
+    return dithered_digits()[[SAMPLE_FILES.index(file) for file in files]]
 
 
 BASE64_IMAGE = base64.b64encode(IMAGE).decode()
@@ -452,25 +459,11 @@ def test_requests_with_several_images_share_a_batch_and_one_forward(handler: Sal
         assert_close_bodies(headers["content-type"], body, body_alone)
 
 
-def assert_close_everywhere(one: Any, other: Any) -> None:
-    """As `assert_close`, also where objects stand in lists."""
-    if isinstance(one, list) and one and not isinstance(one[0], (int, float, list)):
-        assert len(one) == len(other)
-        for left, right in zip(one, other, strict=True):
-            assert_close_everywhere(left, right)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_close_everywhere(one[key], other[key])
-    else:
-        assert_close(one, other)
-
-
 def test_each_of_several_images_gets_the_answer_that_it_gets_alone(handler: SaliencyHandler, tmp_path: Path) -> None:
     files = SAMPLE_FILES[:3]
     batch: Batch = [
         ({"body": bytearray(npy(levels_of(files)))}, {"explain": "True"}),
-        *(({"body": bytearray(file.read_bytes())}, {"explain": "True"}) for file in files),
+        *(({"body": bytearray(dithered_png(file))}, {"explain": "True"}) for file in files),
     ]
     several, *singles = [json.loads(body) for _, _, body in answer(handler, batch, tmp_path / "unpacked")]
     assert several.keys() == {"predictions", "explanations"}

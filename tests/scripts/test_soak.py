@@ -257,6 +257,26 @@ def test_rounding_is_the_same_answer_and_another_map_is_not(form: str) -> None:
     assert not say_the_same(write(MAP), write(MAP)[:-30])
 
 
+@pytest.mark.parametrize("form", ["nested", "base64", "npy"])
+def test_numbers_may_differ_by_a_share_of_the_largest(form: str) -> None:
+    write, step = FORMS[form], np.zeros_like(MAP)
+    step.flat[np.abs(MAP).argmin()] = np.abs(MAP).max()
+    assert say_the_same(write(MAP), write(MAP + np.float32(5e-5) * step))
+    assert not say_the_same(write(MAP), write(MAP + np.float32(2e-4) * step))
+
+
+def test_logits_may_differ_by_a_share_of_the_largest() -> None:
+    def write(*logits: float) -> bytes:
+        return json.dumps({"digit": 7, "logits": logits}).encode()
+
+    assert say_the_same(write(-41.29, 0.01), write(-41.29, 0.012))
+    assert not say_the_same(write(-41.29, 0.01), write(-41.29, 0.02))
+    assert not say_the_same(write(-41.29, 0.01), write(-41.29, float("inf")))
+    assert say_the_same(write(0, 0), write(0, 0.0))
+    assert not say_the_same(write(0, 0), write(0, 1e-9))
+    assert not say_the_same(write(0, 0), write(0, 0, 0))
+
+
 def test_ties_may_differ_only_in_few_places_of_a_prepared_image() -> None:
     few, many = MAP.copy(), MAP.copy()
     few.flat[:12] += 1
