@@ -19,7 +19,7 @@ from PIL import Image
 
 from scripts.serving.launcher import TorchServe
 from tests.hostile import png_header
-from tests.tolerance import PROBABILITY_SHARE, require_close
+from tests.tolerance import require_close
 
 BATCH_SIZE = 8
 TIMEOUT_S = 30
@@ -98,7 +98,7 @@ def check_prediction(reply: requests.Response, sample: Sample) -> dict[str, Any]
     content: dict[str, Any] = reply.json()
     require_close(content["logits"], sample.logits)
     probabilities = np.exp(sample.logits) / np.exp(sample.logits).sum()
-    require_close(content["probabilities"], probabilities, PROBABILITY_SHARE)
+    require_close(content["probabilities"], probabilities)
     assert content["digit"] == sample.predicted
     assert content["probability"] == content["probabilities"][sample.predicted]
     return content

@@ -12,8 +12,6 @@ from numpy.typing import ArrayLike
 # logits as for maps, alone and in batches, by autograd and by the compiled pass, with kernels for SSE4.1, AVX2 and AVX-512.
 FLOAT32_SHARE = 2e-6
 FLOAT64_SHARE = 2e-13  # the same for float64; seen are at most 3e-15
-# A logit's rounding is a probability's relative one, the test digits' logits go up to 41, and p (1 - p) is below 0.1 for them.
-PROBABILITY_SHARE = 1e-5
 
 
 def relative_difference(actual: ArrayLike, expected: ArrayLike, *, row_axes: int = 1, of: ArrayLike | None = None) -> float:
@@ -22,8 +20,8 @@ def relative_difference(actual: ArrayLike, expected: ArrayLike, *, row_axes: int
     Args:
         actual, expected: of the same shape.
         row_axes: how many of the last axes make a row: 1 for logits (..., K), 2 for maps (..., H, W).
-        of: what the difference is a share of, as large as one row or broadcast to all (...); each row's largest absolute
-            expected value where it is None. For what is left of larger numbers that cancel, and has their rounding.
+        of: what a row's difference is a share of: one number a row (...), or one for all; None: the row's largest absolute
+            expected value. Give it for what is left of larger numbers that cancel, which has their rounding.
     Returns:
         the largest difference of a number, as a share; 0 where nothing differs, NaN where a number is NaN.
     """

@@ -45,7 +45,7 @@ from tests.client import (
     predict,
 )
 from tests.oracle import Oracle
-from tests.tolerance import FLOAT32_SHARE, PROBABILITY_SHARE, require_close
+from tests.tolerance import require_close
 
 NPY = {"Accept": "application/x-npy"}
 
@@ -123,9 +123,8 @@ def check_tensors(
         datatype, values = expected[output["name"]]
         assert output.keys() == {"name", "datatype", "shape", "data"}
         assert (output["datatype"], output["shape"]) == (datatype, list(values.shape))
-        share = PROBABILITY_SHARE if "probabilit" in output["name"] else FLOAT32_SHARE
         found = np.reshape(output["data"], values.shape)
-        require_close(found, values, share, row_axes=2 if output["name"] == "saliency" else 1)
+        require_close(found, values, row_axes=2 if output["name"] == "saliency" else 1)
 
 
 def check_array(reply: requests.Response, samples: list[Sample], target: int | list[int]) -> None:

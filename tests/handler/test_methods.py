@@ -124,8 +124,8 @@ def by_captum(network: nn.Module, pixels: torch.Tensor, target: int, method: Met
     return torch.as_tensor(captum.attr.Saliency(network).attribute(pixels, target=target, abs=False))
 
 
-def what_rounds(method: Method, gradient: NDArray[np.floating]) -> float | None:
-    """The number that a map's difference to PyTorch's is a share of; None for the map's own largest.
+def rounding_scale(method: Method, gradient: NDArray[np.floating]) -> float | None:
+    """The number of which a map's difference to PyTorch's is a share; None for the map's own largest.
 
     PyTorch's loss loses a confident prediction's p - 1 to rounding, and with it a share of the score's gradient.
     """
@@ -144,7 +144,7 @@ def test_maps_equal_captums_in_float64(network: nn.Module, dithered: torch.Tenso
             assert np.abs(saliency).max() > 0
             # captum rounds the weights of integrated gradients to float32.
             share = 5e-8 if isinstance(method, IntegratedGradients) else FLOAT64_SHARE
-            require_close(saliency, expected, share, row_axes=2, of=what_rounds(method, gradient))
+            require_close(saliency, expected, share, row_axes=2, of=rounding_scale(method, gradient))
 
 
 @BY_CAPTUM
@@ -157,7 +157,7 @@ def test_maps_equal_captums_as_they_are_served(
     for row, explanation in enumerate(explain(differentiable, dithered, TARGETS, [method] * len(dithered))):
         for target, saliency, gradient in zip(explanation.classes, explanation.maps, gradients[row].maps, strict=True):
             expected = by_captum(network, dithered[row], target, method).detach()[0]
-            differences.append(relative_difference(saliency, expected, row_axes=2, of=what_rounds(method, gradient)))
+            differences.append(relative_difference(saliency, expected, row_axes=2, of=rounding_scale(method, gradient)))
     assert np.median(differences) <= FLOAT32_SHARE
     assert max(differences) < 0.05
 

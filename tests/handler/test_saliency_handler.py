@@ -37,7 +37,7 @@ from handler.torchserve import leave_with_a_lost_gpu
 from scripts.paths import SAMPLE_FILES
 from tests.conftest import label_of
 from tests.kinks import dithered_digits, dithered_png
-from tests.tolerance import FLOAT32_SHARE, PROBABILITY_SHARE, require_close
+from tests.tolerance import FLOAT32_SHARE, require_close
 from tests.worker import MIXED, Batch, answer, context_for
 
 FILE = SAMPLE_FILES[36]  # a seven
@@ -73,21 +73,21 @@ def assert_close_bodies(content_type: str, body: bytes, other: bytes) -> None:
         require_close(np.load(io.BytesIO(body)), np.load(io.BytesIO(other)), row_axes=2)
 
 
-def assert_close(one: Any, other: Any, share: float = FLOAT32_SHARE) -> None:
+def assert_close(one: Any, other: Any) -> None:
     """Equal, with a tolerance for floats, however deep."""
     assert type(one) is type(other)
     if isinstance(one, dict):
         assert one.keys() == other.keys()
         for key in one:
-            assert_close(one[key], other[key], PROBABILITY_SHARE if "probabilit" in key else FLOAT32_SHARE)
+            assert_close(one[key], other[key])
     elif isinstance(one, list) and one and isinstance(one[0], (int, float, list)):
-        require_close(one, other, share, row_axes=min(np.ndim(one), 2))  # logits and the like, or maps
+        require_close(one, other, row_axes=min(np.ndim(one), 2))  # logits and the like, or maps
     elif isinstance(one, list):
         assert len(one) == len(other)
         for left, right in zip(one, other, strict=True):
             assert_close(left, right)
     elif isinstance(one, float):
-        assert one == pytest.approx(other, rel=share, abs=0)
+        assert one == pytest.approx(other, rel=FLOAT32_SHARE, abs=0)
     else:
         assert one == other
 
