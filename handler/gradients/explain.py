@@ -118,7 +118,8 @@ def predict_and_explain(
     Source: Simonyan et al., arXiv 1312.6034, section 3; for the methods see `handler.gradients.methods`.
     """
     if len(targets) != len(pixels) or (methods is not None and len(methods) != len(pixels)):
-        raise ValueError(f"expected one target and one method for each of {len(pixels)} rows, got {len(targets)} targets")
+        counts = f"{len(targets)} targets" + ("" if methods is None else f" and {len(methods)} methods")
+        raise ValueError(f"expected one target and one method for each of {len(pixels)} rows, got {counts}")
     differentiable = Autograd(network) if isinstance(network, nn.Module) else network
     sampling = {row: method for row, method in enumerate(methods or ()) if isinstance(method, SamplingMethod) and targets[row]}
     in_place = [() if row in sampling else row_targets for row, row_targets in enumerate(targets)] if sampling else targets

@@ -121,7 +121,7 @@ def parse_request(row: object, headers: Mapping[str, object], class_count: int) 
         headers: the request's headers. Values that are no text (TorchServe adds one for each form field) are passed over.
         class_count: how many classes the network has.
     Raises:
-        ClientError: the request cannot be answered; the message says what is accepted.
+        ClientError: the request cannot be answered; the message says what was expected.
     """
     text_headers = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
     _refuse_twice(text_headers)

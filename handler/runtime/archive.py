@@ -65,7 +65,7 @@ def build_network(model_file: Path) -> nn.Module:
         if issubclass(member, nn.Module) and member.__module__ == module.__name__
     ]
     if len(classes) != 1:
-        raise ArchiveError(f"{model_file.name} defines {len(classes)} networks; exactly one is accepted")
+        raise ArchiveError(f"expected exactly one network in {model_file.name}, got {len(classes)}")
     for attribute in ("INPUT_SHAPE", "CLASS_COUNT"):
         if not hasattr(classes[0], attribute):
             raise ArchiveError(f"the network in {model_file.name} does not say its {attribute}")

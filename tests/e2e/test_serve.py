@@ -157,7 +157,7 @@ def test_java_on_the_path_is_used_only_where_it_is_new_enough(
 
 
 def test_plain_torchserve_serves_the_archive(archive: Path, tmp_path: Path, temp_dir: Path) -> None:
-    """The README's command, with other ports in the configuration."""
+    """The command of serve_config/README.md, with other ports in the configuration."""
     ports = Ports.free()
     (tmp_path / "build").mkdir()
     shutil.copy(archive, tmp_path / "build")
