@@ -111,6 +111,11 @@ SHAPES: dict[str, Glyph] = {
               _round((0.5, 0.25), (0.6, -0.15), (1.15, -0.05), (0.95, 0.5), (0.5, 1))],
     "zigzag": [_sharp((0, 0), (0.25, 0.6), (0.5, 0), (0.75, 0.6), (1, 0))],
     "wave": [_round((0, 0.3), (0.2, -0.1), (0.4, 0.1), (0.6, 0.5), (0.8, 0.5), (1, 0.1))],
+    "chevron right": [_sharp((0, 0), (1, 0.5), (0, 1))],
+    "chevron left": [_sharp((1, 0), (0, 0.5), (1, 1))],
+    "bracket": [_sharp((0.5, 0), (0, 0), (0, 1), (0.5, 1))],
+    "bracket that closes": [_sharp((0, 0), (0.5, 0), (0.5, 1), (0, 1))],
+    "pentagon": [_sharp((0.5, 0), (1, 0.4), (0.8, 1), (0.2, 1), (0, 0.4), (0.5, 0))],
     "dash": [_sharp((0, 0.5), (1, 0.5))],
     "two lines": [_sharp((0, 0.3), (1, 0.3)), _sharp((0, 0.7), (1, 0.7))],
     "two bars": [_sharp((0.3, 0), (0.3, 1)), _sharp((0.75, 0), (0.75, 1))],
@@ -162,6 +167,18 @@ def _draw_scribbles(count: int, random: Random) -> Images:
         for _ in range(strokes):
             path = random.uniform(0, 1, (int(random.integers(9, 16) if strokes == 1 else random.integers(3, 8)), 2))
             drawing.append(_cut_corners(path) if random.random() < 0.6 else path)
+        drawings.append(drawing)
+    return render(drawings, random)
+
+
+def _draw_marked_rings(count: int, random: Random) -> Images:
+    """A ring with two to five marks in it, as a face has them, in no order; one mark alone may be a 0 of some habit."""
+    drawings = []
+    for _ in range(count):
+        drawing = [_draw_glyph([_ring(0.5, 0.5, random.uniform(0.35, 0.55), 0.5)], random)[0]]
+        for _ in range(random.integers(2, 6)):
+            place, half = random.uniform(0.28, 0.72, 2), random.normal(0, 0.06, 2)
+            drawing.append(np.stack([place - half, place + half]))
         drawings.append(drawing)
     return render(drawings, random)
 
@@ -253,6 +270,7 @@ KINDS: dict[str, Callable[[int, Random], Images]] = {
     "letters": lambda count, random: _draw_glyphs(LETTERS, count, random),
     "Greek letters": lambda count, random: _draw_glyphs(GREEK, count, random),
     "shapes": lambda count, random: _draw_glyphs(SHAPES, count, random),
+    "marked rings": _draw_marked_rings,
     "scribbles": _draw_scribbles,
     "textures": _draw_textures,
     "blobs": _draw_blobs,
@@ -263,7 +281,7 @@ KINDS_OF_DIGITS: dict[str, Callable[[Images, int, Random], Images]] = {
     "dark on bright": _invert_digits,
 }
 SHARES = {
-    "letters": 0.25, "Greek letters": 0.1, "shapes": 0.2, "scribbles": 0.15, "textures": 0.1, "blobs": 0.05,
+    "letters": 0.25, "Greek letters": 0.1, "shapes": 0.2, "marked rings": 0.05, "scribbles": 0.1, "textures": 0.1, "blobs": 0.05,
     "several digits": 0.1, "lying digits": 0.04, "dark on bright": 0.01,
 }  # fmt: skip
 

@@ -21,7 +21,7 @@ Random = np.random.Generator
 
 PENS = {"thin": (1.5, 2.2), "normal": (2.2, 3.4), "bold": (3.4, 4.8)}  # width of the stroke, in pixels of the result
 PEN_SHARES = (0.25, 0.5, 0.25)  # share of each pen
-ASPECT = (0.6, 1.15)  # factor on the width
+ASPECT = (0.6, 1.25)  # factor on the width
 SLANT = (-0.15, 0.4)  # tangent; most hands slant to the right
 MAX_ROTATION = math.radians(7)
 MAX_BEND = 0.025  # amplitude of a slow wave through the whole digit, in units of the box
@@ -176,6 +176,17 @@ def _four_with_small_loop(random: Random) -> list[Stroke]:
     return [_join(side, across), _line((stem, u(0, 0.05)), (stem + u(-0.1, 0.04), 1))]
 
 
+def _four_with_tiny_loop(random: Random) -> list[Stroke]:
+    """The same with a loop that a bold pen fills, and rounded, as if it was drawn without stopping."""
+    u = random.uniform
+    stem, bar, left = u(0.5, 0.65), u(0.16, 0.36), u(0.15, 0.34)
+    loop = _curve(
+        (stem, 0), (left, bar * u(0.1, 0.5)), (left - 0.12, bar * 1.1), (left + 0.1, bar * u(1.1, 1.4)), (stem, bar * 1.05)
+    )
+    across = _line((stem, bar * 1.05), (stem + u(0.12, 0.35), bar * u(0.8, 1.05)))
+    return [_join(loop, across), _line((stem, u(0, 0.05)), (stem + u(-0.12, 0.04), 1))]
+
+
 def _four_in_one_stroke(random: Random) -> list[Stroke]:
     """From the left down, across, and back in a loop to the top of the stem."""
     u = random.uniform
@@ -271,9 +282,9 @@ def _eight_of_two_rings(random: Random) -> list[Stroke]:
     return [_arc((x, y), (width, min(y, 1 - y)), u(0, 360), u(345, 380)) for x, y, width in rings]
 
 
-def _nine_loop(random: Random) -> Stroke:
+def _nine_loop(random: Random, heights: tuple[float, float] = (0.18, 0.3)) -> Stroke:
     u = random.uniform
-    height, width = u(0.15, 0.3), u(0.2, 0.38)
+    height, width = u(*heights), u(0.2, 0.38)
     return _arc((0.82 - width, height), (width, height), u(-50, 0), -u(330, 370), shrink=u(0.92, 1.0))
 
 
@@ -287,6 +298,14 @@ def _nine_with_curled_tail(random: Random) -> list[Stroke]:
     end = (u(0, 0.35), u(0.68, 0.97))
     tail = _curve((0.82, 0.2), (u(0.75, 0.98), u(0.5, 0.8)), (u(0.75, 0.98), u(1.0, 1.18)), (u(0.1, 0.5), u(1, 1.16)), end)
     return [_join(_nine_loop(random), tail)]
+
+
+def _nine_with_small_head_and_curled_tail(random: Random) -> list[Stroke]:
+    """The tail is as wide as the loop or wider, and ends to the left of it."""
+    u = random.uniform
+    end = (u(-0.15, 0.3), u(0.74, 0.98))
+    tail = _curve((0.82, 0.14), (u(0.8, 1.0), u(0.5, 0.8)), (u(0.8, 1.0), u(1.0, 1.18)), (u(0.1, 0.5), u(1, 1.16)), end)
+    return [_join(_nine_loop(random, (0.11, 0.2)), tail)]
 
 
 HABITS: dict[str, Habit] = {
@@ -303,6 +322,7 @@ HABITS: dict[str, Habit] = {
     "4, open": Habit(4, _four_open),
     "4, closed": Habit(4, _four_closed),
     "4, small loop": Habit(4, _four_with_small_loop),
+    "4, tiny loop": Habit(4, _four_with_tiny_loop),
     "4, one stroke": Habit(4, _four_in_one_stroke),
     "5": Habit(5, _five),
     "5, one stroke": Habit(5, _five_in_one_stroke),
@@ -315,6 +335,7 @@ HABITS: dict[str, Habit] = {
     "8, two rings": Habit(8, _eight_of_two_rings),
     "9": Habit(9, _nine),
     "9, curled tail": Habit(9, _nine_with_curled_tail),
+    "9, small head and curled tail": Habit(9, _nine_with_small_head_and_curled_tail),
 }
 
 
