@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torchvision.datasets import MNIST
 
+HELD_OUT_SHARE = 1 / 30  # of the training images: 2,000 that training never sees, for calibration
+
 
 def load_mnist(data_dir: Path, *, train: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Read one of MNIST's two sets, whole, into memory.
@@ -29,3 +31,11 @@ def load_mnist(data_dir: Path, *, train: bool) -> tuple[torch.Tensor, torch.Tens
             f"MNIST is neither in {data_dir} (as MNIST/raw/*-ubyte) nor could it be downloaded: {error}"
         ) from error
     return dataset.data.unsqueeze(1), dataset.targets
+
+
+def split_held_out(
+    images: torch.Tensor, labels: torch.Tensor
+) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """Split the training set: the images and labels to train on, and the last ones, which training never sees."""
+    count = len(images) - round(HELD_OUT_SHARE * len(images))
+    return (images[:count], labels[:count]), (images[count:], labels[count:])
