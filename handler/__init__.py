@@ -11,6 +11,6 @@ One batch of requests flows through these rooms, each of which knows only its ow
          render          saliency maps -> PNG
 
 `saliency_handler` wires them into TorchServe's BaseHandler; `torchserve` holds all that is changed in TorchServe's worker.
-`runtime` checks and loads the archive, counts what happens, and keeps the allocator in bounds. `limits` holds every limit, `errors`
+`runtime` checks and loads the archive, counts what happens, and bounds the allocator. `limits` holds every limit, `errors`
 the tree of errors that a client can get. This module imports nothing.
 """

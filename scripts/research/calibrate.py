@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from handler.errors import BlankImage
 from handler.images.decode import decode_image
-from handler.images.digits import prepare
+from handler.images.digits import prepare_digit
 from model import drawn_digits, drawn_non_digits
 from model.calibration import (
     compute_energy,
@@ -100,11 +100,11 @@ def compute_logits(network: nn.Module, pixels: Pixels) -> NDArray[np.float64]:
         return torch.cat([network(batch) for batch in batches]).double().numpy()
 
 
-def prepare_digit(grey: NDArray[np.float32]) -> Pixels:
+def prepare_pixels(grey: NDArray[np.float32]) -> Pixels:
     """Prepare an image as a request's is; one without ink gives an empty image: float32 (H, W) -> (28, 28)."""
     height, width = DigitNetwork.INPUT_SHAPE[1:]
     try:
-        return prepare(grey, height, width).pixels
+        return prepare_digit(grey, height, width).pixels
     except BlankImage:
         return np.zeros((height, width), dtype=np.float32)
 
@@ -126,7 +126,7 @@ def photograph_digits(digits: NDArray[np.uint8], count: int, seed: int) -> dict[
             continue
         chosen = random.permutation(len(digits))[:count] if count <= len(digits) else random.integers(len(digits), size=count)
         pixels = [
-            prepare_digit(decode_image(photograph(ink_of(digits[k]), scene, [seed, int(k)])).grey)
+            prepare_pixels(decode_image(photograph(ink_of(digits[k]), scene, [seed, int(k)])).grey)
             for k in tqdm(chosen, desc=f"photographs: {scene}", unit="image", leave=False, disable=None)
         ]
         photographs[scene] = np.stack(pixels), chosen
@@ -139,7 +139,7 @@ def draw_digits_of_habits(count: int, seed: int) -> dict[str, tuple[Pixels, NDAr
     for habit, recipe in tqdm(drawn_digits.HABITS.items(), desc="habits", unit="habit", leave=False, disable=None):
         inks = [draw_habit(habit, [seed, k]) for k in range(count)]
         greys = [1 - np.pad(ink, round(HABIT_MARGIN * max(ink.shape))) for ink in inks]
-        pixels = np.stack([prepare_digit(grey.astype(np.float32)) for grey in greys])
+        pixels = np.stack([prepare_pixels(grey.astype(np.float32)) for grey in greys])
         drawn[habit] = pixels, np.full(count, recipe.digit, dtype=np.int64)
     return drawn
 
@@ -152,7 +152,7 @@ def draw_non_digits_of_kinds(count: int, seed: int) -> dict[str, Pixels]:
     drawn = {}
     for kind in tqdm(drawn_non_digits.KINDS, desc="non-digits", unit="kind", leave=False, disable=None):
         images = [draw_non_digit(kind, [seed, k], fonts) for k in range(count)]
-        drawn[kind] = np.stack([prepare_digit((image / 255).astype(np.float32)) for image in images])
+        drawn[kind] = np.stack([prepare_pixels((image / 255).astype(np.float32)) for image in images])
     return drawn
 
 

@@ -25,7 +25,7 @@ from scripts.research.calibrate import (
     compute_logits,
     main,
     photograph_digits,
-    prepare_digit,
+    prepare_pixels,
     render_section,
 )
 from tests.conftest import write_mnist
@@ -105,7 +105,7 @@ def test_photographs_are_of_the_digits_that_are_named(network: nn.Module) -> Non
 
 
 def test_an_image_without_ink_is_an_empty_one() -> None:
-    assert not prepare_digit(np.full((50, 60), 0.7, dtype=np.float32)).any()
+    assert not prepare_pixels(np.full((50, 60), 0.7, dtype=np.float32)).any()
 
 
 def test_committed_calibration_is_of_the_committed_weights_and_good_enough() -> None:
