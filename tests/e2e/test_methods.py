@@ -44,7 +44,7 @@ from tests.client import (
 from tests.tolerance import FLOAT32_SHARE, require_close
 
 MEAN = np.full((1, 1, 1), MNIST_MEAN, np.float32)
-LOSS_SHARE = 1e-4  # of the largest number of a loss's gradient: the rounding of logits of 41
+LOSS_SHARE = 1e-4  # of a loss gradient's largest number: what rounds a logit of 41 is the relative error of a small probability
 GAP_SHARE = 1e-3  # of the largest logit; one of the points may have another gradient, where a max pool ties but for rounding
 METHODS: list[Method] = [
     GRADIENT,
@@ -81,7 +81,7 @@ class Reference:
         differences = np.abs(np.asarray(saliency) - expected)
         largest = np.abs(expected).max()
         assert differences.shape == (28, 28)
-        if isinstance(method, LossGradient):  # weighed by probabilities, whose shares are as exact as logits are in numbers
+        if isinstance(method, LossGradient):  # of a confident prediction, far below the scores' gradients, which it is made of
             assert differences.max() <= LOSS_SHARE * largest
             largest = np.abs(self.explain(sample, target, GRADIENT).maps).max()
         assert np.quantile(differences, 0.75) <= FLOAT32_SHARE * largest
