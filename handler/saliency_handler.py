@@ -31,7 +31,7 @@ from handler.protocol.describe import describe_service
 from handler.protocol.options import Options
 from handler.protocol.reply import REPLY_HEADERS, Reply, Result, fit_batch, render_description, render_error, render_results
 from handler.protocol.request import ROUTE_HEADER, is_describe_request, parse_request, read_correlation_id
-from handler.runtime.archive import load_network, mean_pixel_of, verify_files
+from handler.runtime.archive import input_shape_of, load_network, mean_pixel_of, verify_files
 from handler.runtime.calibration import read_calibration
 from handler.runtime.malloc import IdleTrimmer, keep_freed_memory
 from handler.runtime.metrics import Meter, Step, TimedPasses, answer_of
@@ -75,7 +75,7 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             torch.cuda.set_device(self.device)
         network = load_network(model_dir / manifest["modelFile"], model_dir / manifest["serializedFile"])
         self.model = freeze(network).to(self.device)
-        self.input_shape = cast(tuple[int, int, int], network.INPUT_SHAPE)  # channels, height, width
+        self.input_shape = input_shape_of(network)
         self.class_count = cast(int, network.CLASS_COUNT)
         self.mean_pixel = mean_pixel_of(network, self.input_shape[0])
         self.calibration = read_calibration(model_dir)

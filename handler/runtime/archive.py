@@ -7,7 +7,7 @@ Knows nothing of TorchServe.
 import hashlib
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import safetensors
@@ -70,9 +70,6 @@ def build_network(model_file: Path) -> nn.Module:
         if not hasattr(classes[0], attribute):
             raise ArchiveError(f"the network in {model_file.name} does not say its {attribute}")
     network: nn.Module = classes[0]()
-    shape: Any = network.INPUT_SHAPE
-    if isinstance(shape, tuple) and shape[:1] not in ((), (1,)):
-        raise ArchiveError(f"expected a network of one input channel in {model_file.name}, got INPUT_SHAPE {shape}")
     return network
 
 
@@ -85,6 +82,18 @@ def load_network(model_file: Path, weights_file: Path) -> nn.Module:
     network = build_network(model_file)
     load_weights(network, weights_file)
     return network
+
+
+def input_shape_of(network: nn.Module) -> tuple[int, int, int]:
+    """The channels, height and width that a network says it takes.
+
+    Raises:
+        ArchiveError: it takes more than one channel, such as colour: a digit's grey levels are one.
+    """
+    shape = cast(tuple[int, int, int], network.INPUT_SHAPE)
+    if shape[0] != 1:
+        raise ArchiveError(f"expected a network of one input channel, got INPUT_SHAPE {shape}")
+    return shape
 
 
 def mean_pixel_of(network: nn.Module, channels: int) -> NDArray[np.floating] | None:

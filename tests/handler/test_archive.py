@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from handler.runtime.archive import ArchiveError, load_network, mean_pixel_of, verify_files
+from handler.runtime.archive import ArchiveError, input_shape_of, load_network, mean_pixel_of, verify_files
 from model.network import MNIST_MEAN
 from scripts.paths import MODEL_FILE, WEIGHTS_FILE
 
@@ -62,8 +62,8 @@ def test_missing_weights_are_not_replaced_by_random_ones(tmp_path: Path) -> None
     ("source", "message"),
     [
         (None, "the model file other.py is missing"),
-        ("", "defines 0 networks"),
-        ("from torch import nn\nclass A(nn.Module): ...\nclass B(nn.Module): ...", "defines 2 networks"),
+        ("", "expected exactly one network in other.py, got 0"),
+        ("from torch import nn\nclass A(nn.Module): ...\nclass B(nn.Module): ...", "expected exactly one network in other.py, got 2"),
         ("from torch import nn\nclass A(nn.Module): ...", "does not say its INPUT_SHAPE"),
     ],
     ids=["missing", "none", "two", "without a shape"],
@@ -128,3 +128,12 @@ def test_committed_network_says_its_mean_pixel(network: nn.Module) -> None:
     pixel = mean_pixel_of(network, channels=1)
     assert pixel is not None
     assert pixel.item() == pytest.approx(MNIST_MEAN)
+
+
+def test_network_of_several_channels_is_refused() -> None:
+    network = nn.Module()
+    network.INPUT_SHAPE = (3, 28, 28)  # type: ignore[assignment]
+    with pytest.raises(ArchiveError, match=r"expected a network of one input channel, got INPUT_SHAPE \(3, 28, 28\)"):
+        input_shape_of(network)
+    network.INPUT_SHAPE = (1, 5, 7)  # type: ignore[assignment]
+    assert input_shape_of(network) == (1, 5, 7)

@@ -8,7 +8,7 @@ import pytest
 from model.drawn_digits import HABITS, draw_habit
 from model.framing import Framing, frame_ink
 from scripts.paths import ROOT
-from tests.model.test_strokes import ASKED_FOR
+from tests.habits import ASKED_FOR
 
 
 def test_habits_that_mnist_lacks_and_every_digit_are_there() -> None:

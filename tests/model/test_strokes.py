@@ -5,8 +5,7 @@ import pytest
 
 from model.framing import Framing
 from model.strokes import HABITS, PENS, draw_strokes
-
-ASKED_FOR = ("1, long flag", "1, foot", "7, cross bar", "9, curled tail", "4, small loop", "4, open")
+from tests.habits import ASKED_FOR
 
 
 def test_habits_that_mnist_lacks_and_every_digit_are_there() -> None:

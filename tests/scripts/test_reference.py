@@ -77,6 +77,6 @@ def test_smoke_test_finds_an_answer_that_differs_by_more_than_rounding(
         assert 0 < smoke_test(tmp_path / "digits.mar")["difference"] < 2 * share
     else:
         with pytest.raises(
-            RuntimeError, match=r"its answer is not the reference answer: digit \d, off by 1\.\de-05 of the largest"
+            RuntimeError, match=r"its answer is not the reference answer: digit \d, off by (1\.\de-05|9\.\de-06|inf|nan) of "
         ):
             smoke_test(tmp_path / "digits.mar")
