@@ -52,7 +52,6 @@ LAST_OF_STREAM = ("ts_stream_next", "false")  # a reply's header, by which the f
 Request = dict[str, Any]
 Receive = Callable[[socket.socket, int], bytearray]  # receives exactly so many bytes, or ends the process
 ReceiveRequest = Callable[[socket.socket], Request | None]  # None at the end of a batch
-WriteReplies = Callable[..., bytearray | None]  # ts.service.create_predict_response
 
 
 def adapt_worker(context: Context, *, log_batches: bool) -> None:
@@ -64,7 +63,7 @@ def adapt_worker(context: Context, *, log_batches: bool) -> None:
     """
     os.environ["TS_DECODE_INPUT_REQUEST"] = "false"  # which TorchServe's reader looks up for each value
     _receive_in_pieces()
-    _fit_replies_to_grpc()
+    service.create_predict_response = write_replies
     _pass_through_envelopes()
     _write_no_prediction_time(context)
     if not log_batches:
@@ -273,15 +272,17 @@ def door_of(headers: Mapping[str, object]) -> Door:
     return Door.HTTP if "content-length" in names else Door.UNSAFE
 
 
-def _fit_replies_to_grpc() -> None:
-    """Have TorchServe's worker write replies by gRPC as the frontend needs them."""
-    write = service.create_predict_response
-    if not isinstance(write, ReplyWriter):
-        service.create_predict_response = ReplyWriter(write)
+def write_replies(
+    replies: Sequence[bytes] | None,
+    request_ids: dict[int, str],
+    message: str,
+    code: int,
+    context: Context | None = None,
+    *more: object,
+) -> bytearray | None:
+    """Write a batch's replies for the frontend, each in the form of the call by which its request came.
 
-
-class ReplyWriter:
-    """Writes a batch's replies for the frontend, each in the form of the call by which its request came.
+    In the place of TorchServe's `create_predict_response`, with whose arguments it is called.
 
     - Predictions and StreamPredictions: LAST_OF_STREAM, without which the frontend fails on the latter. The former drops all
       headers, and the two cannot be told apart. By HTTP it would make an answer without a head.
@@ -295,26 +296,12 @@ class ReplyWriter:
     Those by HTTP go first: where a client of gRPC gives up in the very moment of its reply, the frontend fails there, and only
     those behind it lose their answers.
     """
-
-    def __init__(self, write: WriteReplies) -> None:
-        """Take TorchServe's own."""
-        self.write = write
-
-    def __call__(
-        self,
-        replies: Sequence[bytes] | None,
-        request_ids: dict[int, str],
-        message: str,
-        code: int,
-        context: Context | None = None,
-        *more: object,
-    ) -> bytearray | None:
-        """Write the replies of one batch. A request's id stands under its index among the replies."""
-        if replies is not None and context is not None:  # else the whole batch failed
-            doors = {index: door_of(context.get_all_request_header(index)) for index in request_ids}
-            if any(door is not Door.HTTP for door in doors.values()):
-                replies, request_ids = _fit_to_doors(list(replies), request_ids, context, doors)
-        return self.write(replies, request_ids, message, code, context, *more)
+    if replies is not None and context is not None:  # else the whole batch failed
+        doors = {index: door_of(context.get_all_request_header(index)) for index in request_ids}
+        if any(door is not Door.HTTP for door in doors.values()):
+            replies, request_ids = _fit_to_doors(list(replies), request_ids, context, doors)
+    written: bytearray | None = otf_message_handler.create_predict_response(replies, request_ids, message, code, context, *more)
+    return written
 
 
 def _fit_to_doors(

@@ -18,7 +18,7 @@ from ts.protocol import otf_message_handler
 from ts.protocol.otf_message_handler import create_predict_response
 
 from handler.protocol.request import SENT_TWICE_HEADER
-from handler.torchserve import PIECE_BYTES, Door, PieceReceiver, ReplyWriter, adapt_worker, door_of, names_sent_twice
+from handler.torchserve import PIECE_BYTES, Door, PieceReceiver, adapt_worker, door_of, names_sent_twice, write_replies
 
 receive: Any = otf_message_handler._retrieve_buffer  # TorchServe's own, unless a handler was loaded in this process
 receive_request = otf_message_handler._retrieve_request
@@ -328,7 +328,7 @@ def write(batch: Sequence[tuple[Mapping[str, object], int, bytes]]) -> dict[str,
         context.set_response_content_type(index, "application/json")
     ids = {index: f"id-{index}" for index in range(len(batch))}
     replies = [body for _, _, body in batch]
-    message = ReplyWriter(create_predict_response)(replies, ids, "Prediction success", 200, context=context)
+    message = write_replies(replies, ids, "Prediction success", 200, context=context)
     assert message is not None
     return read_replies(bytes(message))
 
@@ -383,7 +383,7 @@ def test_batch_that_nobody_can_be_answered_in_is_written_empty(caplog: pytest.Lo
 
 def test_failure_of_a_whole_batch_is_torchserves_own() -> None:
     ids = {0: "id-0", 1: "id-1"}
-    ours = ReplyWriter(create_predict_response)(None, ids, "Prediction failed", 503)
+    ours = write_replies(None, ids, "Prediction failed", 503)
     assert ours == create_predict_response(None, ids, "Prediction failed", 503)
 
 
@@ -406,7 +406,7 @@ def adapted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_worker_is_adapted_once() -> None:
     assert os.environ["TS_DECODE_INPUT_REQUEST"] == "false"
     assert otf_message_handler._retrieve_buffer.by_fields is receive
-    assert service.create_predict_response.write is create_predict_response
+    assert service.create_predict_response is write_replies
 
 
 ROWS: list[dict[str, object]] = [{"body": bytearray(b'{"instances": [1]}')}, {"data": bytearray(b"2")}, {}]
