@@ -2,6 +2,12 @@
 
 - Its socket is received in large pieces: TorchServe 0.12 calls `recv` for each field of a request, for its length and for its
   value, some fifty times a request, which takes longer than all the rest that a worker does to receive one.
+- Values are received as bytes: TorchServe would parse JSON by itself, without a limit, keep the last of two keys, and log what it
+  cannot parse.
+- What a client sent twice is noted, where TorchServe would keep the last.
+- Replies by gRPC are written as the frontend needs them. It trusts its workers: what it cannot read is an exception in the thread
+  that keeps the worker, which costs the batch its answers and the worker its life.
+- An envelope that is configured passes everything through: TorchServe's own read the first request of a batch alone.
 - Its log leaves out the line for each batch, and its metrics the time of each: the frontend reads and drops both, before any
   request of the batch gets its reply.
 - Counts go to the frontend in its own format.
@@ -10,20 +16,29 @@
 With `saliency_handler` the only module that imports TorchServe.
 """
 
+import enum
+import json
 import logging
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 import torch
+from ts import service
 from ts.context import Context
 from ts.metrics.metric_cache_errors import MetricsCacheKeyError
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.protocol import otf_message_handler
 from ts.service import PREDICTION_METRIC
+from ts.torch_handler.request_envelope.base import BaseEnvelope
 
+from handler.errors import SHOWN_ERRORS
+from handler.protocol.options import HEADER_PREFIX
+from handler.protocol.request import ROUTE_HEADER, SENT_TWICE_HEADER
 from handler.runtime.metrics import COUNTERS, Emit, Series
 
 logger = logging.getLogger(__name__)
@@ -31,7 +46,8 @@ logger = logging.getLogger(__name__)
 PIECE_BYTES = 262_144  # received at once, at most: a full batch of small images with their headers
 LENGTH = struct.Struct("!i")
 END_OF_LIST = -1  # in the place of a field's length
-DECODED_TYPES = (b"application/json", b"text")  # content types, or how they begin, whose values TorchServe decodes
+OPTION_PREFIX = HEADER_PREFIX.encode()
+LAST_OF_STREAM = ("ts_stream_next", "false")  # a reply's header, by which the frontend ends a StreamPredictions call
 
 Request = dict[str, Any]
 Receive = Callable[[socket.socket, int], bytearray]  # receives exactly so many bytes, or ends the process
@@ -45,7 +61,10 @@ def adapt_worker(context: Context, *, log_batches: bool) -> None:
         context: of the handler that is initialized.
         log_batches: leave TorchServe's own line for each batch in the log.
     """
+    os.environ["TS_DECODE_INPUT_REQUEST"] = "false"  # which TorchServe's reader looks up for each value
     _receive_in_pieces()
+    service.create_predict_response = write_replies
+    _pass_through_envelopes()
     _write_no_prediction_time(context)
     if not log_batches:
         logging.getLogger().addFilter(_is_not_of_a_batch)
@@ -124,7 +143,6 @@ class PieceReceiver:
         """
         self.by_fields = receive
         self.request_by_fields = receive_request
-        self.decodes_values = os.environ.get("TS_DECODE_INPUT_REQUEST", "true") == "true"
         self._piece = bytearray()
         self._start = 0  # of what has not been asked for yet
 
@@ -138,7 +156,19 @@ class PieceReceiver:
         return field
 
     def receive_request(self, connection: socket.socket) -> Request | None:
-        """Receive a request, or the end of the batch, in the form that TorchServe's `_retrieve_request` gives it."""
+        """Receive a request, or the end of the batch, in the form that TorchServe's `_retrieve_request` gives it.
+
+        Of what was sent twice, the names stand in a header of ours, SENT_TWICE_HEADER.
+        """
+        request = self._receive_request(connection)
+        if request is not None:
+            names = names_sent_twice(request)
+            if names:
+                value = ", ".join(names[:SHOWN_ERRORS])
+                request["headers"].append({"name": SENT_TWICE_HEADER.encode(), "value": value.encode()})
+        return request
+
+    def _receive_request(self, connection: socket.socket) -> Request | None:
         try:
             fields, ends, end = take_fields(self._piece, self._start)
         except struct.error:  # its rest is still to be received
@@ -146,8 +176,7 @@ class PieceReceiver:
         if not fields:
             self._start = end
             return None
-        is_decoded = self.decodes_values and any(kind.startswith(DECODED_TYPES) for kind in fields[ends[0] + 1 : ends[1] : 3])
-        if end > len(self._piece) or is_decoded:
+        if end > len(self._piece):
             return self.request_by_fields(connection)
         self._start = end
         return {
@@ -196,3 +225,125 @@ def take_fields(piece: bytearray, start: int) -> tuple[list[bytearray], list[int
             fields.append(piece[at : at + length])
             at += length
     return fields, ends, at
+
+
+def names_sent_twice(request: Request) -> list[str]:
+    """Find the form fields, and the headers of options in any letter case, that a request holds more than once.
+
+    Of headers that are spelled alike too, the frontend has kept the last: no worker can see that there were two.
+    """
+    least = len(OPTION_PREFIX)  # looking at lengths first costs a third
+    headers = [
+        name.lower()
+        for header in request["headers"]
+        if len(name := header["name"]) > least and name[:least].lower() == OPTION_PREFIX
+    ]
+    if len(headers) < 2 and len(request["parameters"]) < 2:  # as nearly all requests
+        return []
+    fields = [parameter["name"] for parameter in request["parameters"]]
+    return [
+        name for names in (fields, [name.decode() for name in headers]) for name, count in Counter(names).items() if count > 1
+    ]
+
+
+# --- replies by gRPC
+
+
+class Door(enum.Enum):
+    """The call by which a request came. Each makes the frontend do other things with its reply."""
+
+    HTTP = enum.auto()
+    PREDICTIONS = enum.auto()  # gRPC Predictions or StreamPredictions
+    INFER = enum.auto()  # gRPC ModelInfer, which there is where TS_OPEN_INFERENCE_PROTOCOL=oip
+    UNSAFE = enum.auto()  # gRPC StreamPredictions2, or DescribeModel of the management API
+
+
+def door_of(headers: Mapping[str, object]) -> Door:
+    """Tell by which call a request came, from its headers and the types of its fields, which stand among them as objects.
+
+    The frontend gives every HTTP request a length, and those of the usual routes ROUTE_HEADER. A gRPC request has no header at
+    all, or those of a sequence, or that of a description.
+    """
+    if isinstance(headers.get(ROUTE_HEADER), str):
+        return Door.HTTP
+    names = {name.lower() for name, value in headers.items() if isinstance(value, str)}
+    if not names:
+        return Door.INFER if headers == {"body": {"content-type": "application/json"}} else Door.PREDICTIONS
+    return Door.HTTP if "content-length" in names else Door.UNSAFE
+
+
+def write_replies(
+    replies: Sequence[bytes] | None,
+    request_ids: dict[int, str],
+    message: str,
+    code: int,
+    context: Context | None = None,
+    *more: object,
+) -> bytearray | None:
+    """Write a batch's replies for the frontend, each in the form of the call by which its request came.
+
+    In the place of TorchServe's `create_predict_response`, with whose arguments it is called.
+
+    - Predictions and StreamPredictions: LAST_OF_STREAM, without which the frontend fails on the latter. The former drops all
+      headers, and the two cannot be told apart. By HTTP it would make an answer without a head.
+    - ModelInfer: the frontend needs tensors of the Open Inference Protocol, also of an error.
+    - StreamPredictions2, and DescribeModel with `customized` of the management API: nothing. Where the client has ended its
+      side of the stream, or has given up, the frontend fails on any answer, and then again while it tells of the failure. That
+      worker is never started again, yet counts as ready, and requests that are given to it hang. Nobody loses an answer to
+      StreamPredictions2, which the frontend itself ends with an error, as this model has no sequences; descriptions there are
+      by HTTP.
+
+    Those by HTTP go first: where a client of gRPC gives up in the very moment of its reply, the frontend fails there, and only
+    those behind it lose their answers.
+    """
+    if replies is not None and context is not None:  # else the whole batch failed
+        doors = {index: door_of(context.get_all_request_header(index)) for index in request_ids}
+        if any(door is not Door.HTTP for door in doors.values()):
+            replies, request_ids = _fit_to_doors(list(replies), request_ids, context, doors)
+    written: bytearray | None = otf_message_handler.create_predict_response(replies, request_ids, message, code, context, *more)
+    return written
+
+
+def _fit_to_doors(
+    replies: list[bytes], request_ids: dict[int, str], context: Context, doors: Mapping[int, Door]
+) -> tuple[list[bytes], dict[int, str]]:
+    """Bring a batch's replies into the forms of their calls. Returns them, and the ids of those to write, in that order."""
+    answered = sorted(
+        (index for index in request_ids if doors[index] is not Door.UNSAFE), key=lambda i: doors[i] is not Door.HTTP
+    )
+    for index in answered:
+        if doors[index] is Door.PREDICTIONS:
+            context.set_response_header(index, *LAST_OF_STREAM)
+        elif doors[index] is Door.INFER and context.get_response_status(index)[0] != HTTPStatus.OK:
+            replies[index] = write_infer_error(replies[index], context)
+    if len(answered) < len(request_ids):
+        count = len(request_ids) - len(answered)
+        logger.warning("%d requests get no answer, as they came by gRPC StreamPredictions2 or DescribeModel", count)
+    return replies, {index: request_ids[index] for index in answered}
+
+
+def write_infer_error(error: bytes, context: Context) -> bytes:
+    """Write an error, which is JSON, as the one tensor `error` of a ModelInfer reply: its element is the JSON.
+
+    A status there is none: the frontend cannot give one request of a batch its own.
+    """
+    tensor = {"name": "error", "datatype": "BYTES", "shape": [1], "data": [json.loads(error)]}
+    model = {"model_name": context.model_name, "model_version": context.manifest["model"]["modelVersion"]}
+    return json.dumps({"id": "", **model, "outputs": [tensor]}).encode()
+
+
+# --- envelopes
+
+
+def _pass_through_envelopes() -> None:
+    """Have the envelope that is configured, if one is, hand over rows and replies as they are.
+
+    The handler reads the bodies of all protocols itself, for each request of a batch.
+    """
+    for envelope in BaseEnvelope.__subclasses__():  # TorchServe imports the one that `service_envelope` names
+        envelope.parse_input = envelope.format_output = _unchanged
+        logger.info("service_envelope: %s passes everything through, as the handler reads all protocols", envelope.__name__)
+
+
+def _unchanged(_envelope: BaseEnvelope, rows_or_replies: list[Any]) -> list[Any]:
+    return rows_or_replies
