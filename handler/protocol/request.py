@@ -7,6 +7,7 @@ classes.
 
 import base64
 import binascii
+import contextlib
 import functools
 import json
 import re
@@ -125,7 +126,7 @@ def parse_request(row: object, headers: Mapping[str, object], class_count: int) 
     """
     text_headers = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
     _refuse_twice(text_headers)
-    fields, binary = _read_fields(row, text_headers)
+    fields, binary = _read_fields(row, text_headers, headers)
     asked = _Asked(options_in(text_headers), text_headers.get("accept", ""), class_count, headers.get(ROUTE_HEADER) == "True")
     if INSTANCES in fields and INPUTS in fields:
         raise InvalidRequest(f"expected '{INSTANCES}' or '{INPUTS}', got both")
@@ -236,8 +237,13 @@ def _map_axes(options: Options) -> int | None:
 # --- where things stand in a request
 
 
-def _read_fields(row: object, headers: Mapping[str, str]) -> tuple[dict[str, object], bytes]:
+def _read_fields(row: object, headers: Mapping[str, str], field_headers: Mapping[str, object]) -> tuple[dict[str, object], bytes]:
     """Give every kind of row one form: an image under one of IMAGE_FIELDS, options under their names.
+
+    Args:
+        row: as TorchServe hands it over.
+        headers: the request's, in lower case.
+        field_headers: where TorchServe puts the content type of each field of a form, by its name.
 
     Returns:
         the fields; and what stands behind them, in a body of the Open Inference Protocol's binary extension.
@@ -249,7 +255,7 @@ def _read_fields(row: object, headers: Mapping[str, str]) -> tuple[dict[str, obj
             "image, as 'curl -d' sends whatever it is given"
         )
     if isinstance(row, dict) and set(row) != {"body"}:
-        return {str(name): value for name, value in row.items()}, b""  # a form
+        return {str(name): _read_field(value, field_headers.get(name)) for name, value in row.items()}, b""  # a form
     body = row["body"] if isinstance(row, dict) else row
     binary = b""
     if isinstance(body, (bytes, bytearray, str)):
@@ -266,6 +272,20 @@ def _read_fields(row: object, headers: Mapping[str, str]) -> tuple[dict[str, obj
     if not isinstance(body, dict):
         raise InvalidRequest(f'expected a JSON object such as {{"data": "<base64 image>"}}, got {shown(body)}')
     return dict(body), binary
+
+
+def _read_field(value: object, headers: object) -> object:
+    """Read a form's field by its own content type: text and JSON, where it says so."""
+    content_type = headers.get("content-type") if isinstance(headers, Mapping) else None
+    if not isinstance(value, (bytes, bytearray)) or not isinstance(content_type, str) or not value:
+        return value
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type == "application/json":
+        return _parse_json(bytes(value))
+    if media_type.startswith("text/"):
+        with contextlib.suppress(UnicodeDecodeError):  # then it is no text, whatever its type says
+            return bytes(value).decode()
+    return value
 
 
 def decompress(content: bytes, encoding: str) -> bytes:

@@ -63,7 +63,7 @@ def test_missing_weights_are_not_replaced_by_random_ones(tmp_path: Path) -> None
     [
         (None, "the model file other.py is missing"),
         ("", "expected exactly one network in other.py, got 0"),
-        ("from torch import nn\nclass A(nn.Module): ...\nclass B(nn.Module): ...", "expected exactly one network in other.py, got 2"),
+        ("from torch import nn\nclass A(nn.Module): ...\nclass B(nn.Module): ...", "exactly one network in other.py, got 2"),
         ("from torch import nn\nclass A(nn.Module): ...", "does not say its INPUT_SHAPE"),
     ],
     ids=["missing", "none", "two", "without a shape"],

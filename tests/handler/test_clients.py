@@ -332,3 +332,25 @@ def test_red_is_where_more_ink_raises_the_score_in_the_space_of_the_image_too(in
         red, _, blue = np.asarray(drawing.convert("RGB").resize((28, 28)), dtype=int)[14, 14]
     assert red > blue + 50
     assert float(reply.headers["X-Saliency-Min" if inverted else "X-Saliency-Max"]) == (-1 if inverted else 1)  # numbers stay
+
+
+# --- fields of a form that say what they are
+
+
+@pytest.mark.parametrize(
+    ("value", "content_type", "payload"),
+    [
+        (b"iVBORw==", "text/plain", b"\x89PNG"),
+        (b"iVBORw==", "text/plain; charset=utf-8", b"\x89PNG"),
+        (json.dumps(ZEROS).encode(), "application/json", ZEROS),
+        (PNG, "image/png", PNG),
+        (PNG, "text/plain", PNG),  # it is none
+        (PNG, None, PNG),
+    ],
+    ids=["base64", "base64 with a charset", "numbers", "image", "image as text", "no type"],
+)
+def test_field_of_a_form_is_read_by_its_own_type(value: bytes, content_type: str | None, payload: object) -> None:
+    headers: dict[str, object] = {"explain": "True", "data": {"content-type": content_type}}
+    (part,) = parse_request({"data": bytearray(value)}, headers, 10).parts
+    assert isinstance(part, Part)
+    assert part.payload == payload
