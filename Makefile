@@ -26,7 +26,7 @@ test: .venv/.installed-dev ## run the tests, unit and end to end (five minutes o
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: .venv/.installed-dev build/clients/.installed build/digits.mar ## run the tests that `make test` leaves out: those that measure for long
-	$(BIN)/python -m pytest -m long $(ARGS)
+	$(BIN)/python -m pytest -m long --timeout 1200 $(ARGS)
 
 test-all: ## run all tests: make test, then make test-long
 	$(MAKE) test

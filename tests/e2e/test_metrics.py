@@ -221,6 +221,7 @@ def prometheus_of(server: TorchServe, folder: Path) -> Iterator[str]:
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(["prometheus", *options], cwd=folder, stdout=log, stderr=log)
     try:
+        wait_for(lambda: is_ready(address), "ready Prometheus")
         yield f"http://{address}/api/v1"
     except BaseException:
         print((folder / "log").read_text()[-3000:])
@@ -228,6 +229,12 @@ def prometheus_of(server: TorchServe, folder: Path) -> Iterator[str]:
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def is_ready(address: str) -> bool:
+    with contextlib.suppress(requests.ConnectionError):
+        return requests.get(f"http://{address}/-/ready", timeout=TIMEOUT_S).ok
+    return False
 
 
 def ask(prometheus: str, query: str) -> list[float]:
@@ -278,9 +285,7 @@ def test_every_query_of_dashboard_and_alerts_has_an_answer(json_server: TorchSer
     with traffic(json_server), prometheus_of(json_server, tmp_path) as prometheus:
 
         def answered() -> bool:
-            with contextlib.suppress(requests.ConnectionError):
-                return bool(ask(prometheus, "saliency:class:shift1h")) and bool(ask(prometheus, "rate(Requests5XX[20s])"))
-            return False
+            return bool(ask(prometheus, "saliency:class:shift1h")) and bool(ask(prometheus, "rate(Requests5XX[20s])"))
 
         wait_for(answered, "value of the last recording rule")
         deadline = time.monotonic() + WAIT_S
