@@ -126,7 +126,7 @@ def test_the_projects_own_digits_are_read_rightly(server: TorchServe) -> None:
 
 
 def test_explanation_of_a_blank_image_is_finite(server: TorchServe) -> None:
-    reply = ask(server, explain(json={"data": [[0] * 28] * 28, "target": "all"})).json()
+    reply = ask(server, explain(json={"data": [[0] * 28] * 28, "target": "all", "prepare": "none"})).json()
     assert np.isfinite(reply["explanation"]["saliency"]).all()
 
 

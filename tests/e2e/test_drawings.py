@@ -47,7 +47,7 @@ def check_image(reply: requests.Response, sample: Sample, target: int | list[int
     classes = [sample.predicted] if target is None else [int(k) for k in np.atleast_1d(target)]
     maps = sample.jacobian[classes]
     image = sample.levels.astype(np.float32) / np.float32(255)
-    expected = pixels_of(draw([Row(image, maps.astype(np.float32), tuple(classes))], style))
+    expected = pixels_of(draw([Row(image, maps.astype(np.float32), tuple(classes), "logit per unit of intensity")], style))
     drawn = pixels_of(reply.content)
     assert drawn.shape == expected.shape
     assert np.abs(drawn - expected).max() <= 4  # one level of the steepest colour map
@@ -108,7 +108,9 @@ def test_what_a_browsers_image_tag_accepts_gives_a_drawing(server: TorchServe, s
 
 def test_blank_image_is_drawn(server: TorchServe) -> None:
     for layout in Layout:
-        reply = ask(server, explain(json={"data": [[0] * 28] * 28, "target": "all", "layout": layout}, headers=PNG))
+        reply = ask(
+            server, explain(json={"data": [[0] * 28] * 28, "target": "all", "layout": layout, "prepare": "none"}, headers=PNG)
+        )
         assert reply.status_code == 200, reply.text
         assert pixels_of(reply.content).size > 0
 

@@ -24,7 +24,9 @@ from handler.limits import (
     MAX_GRADIENTS,
     MAX_ID_CHARACTERS,
     MAX_IMAGE_MAP_NUMBERS,
+    MAX_IMAGE_MAP_NUMBERS_NPY,
     MAX_IMAGES,
+    MAX_JPEG_PIXELS,
     MAX_JPEG_SCANS,
     MAX_MAPS,
     MAX_PIXELS,
@@ -38,7 +40,7 @@ from handler.render.drawing import Row, Style, draw
 from scripts.bench.load import Load, build_call, run_load
 from scripts.paths import ROOT, SAMPLE_FILES
 from scripts.serving.launcher import TorchServe
-from tests.client import BATCH_SIZE, V1_PREDICT, V2_INFER, Arguments, ask, ask_at_once, explain, npy, predict
+from tests.client import BATCH_SIZE, V1_PREDICT, V2_INFER, Arguments, ask, ask_at_once, error_of, explain, npy, predict
 from tests.hostile import png_chunk
 
 TIMEOUT_S = 120
@@ -71,7 +73,10 @@ def instances(*contents: bytes) -> Arguments:
 
 
 def images(count: int, **headers: str) -> Arguments:
-    return explain(data=npy(np.zeros((count, 28, 28), "u1")), headers={"Accept": "application/x-npy"} | _named(headers))
+    return explain(
+        data=npy(np.zeros((count, 28, 28), "u1")),
+        headers={"Accept": "application/x-npy", "X-Saliency-Prepare": "none"} | _named(headers),
+    )
 
 
 def one(content: bytes = IMAGE, **headers: str) -> Arguments:
@@ -195,6 +200,13 @@ CASES = {
         400,
         "UnreadableImage",
     ),
+    "pixels of a JPEG": Case(
+        "pixels of a JPEG",
+        f"{MAX_JPEG_PIXELS:,}",
+        lambda: one(digit_of(8000, 8000, "JPEG")),
+        lambda: one(digit_of(8000, 8001, "JPEG")),
+        kind="ImageTooLarge",
+    ),
     "tag": Case(
         "a TIFF's tag",
         "1 MB",
@@ -233,6 +245,12 @@ CASES = {
         f"{MAX_IMAGE_MAP_NUMBERS:,}",
         lambda: one(digit_of(1200, 1200), X_Saliency_Space="image"),
         lambda: one(digit_of(1200, 1201), X_Saliency_Space="image"),
+    ),
+    "numbers in an array": Case(
+        "numbers of all maps in the space `image`",
+        f"as `.npy` {MAX_IMAGE_MAP_NUMBERS_NPY:,}",
+        lambda: one(digit_of(1800, 2000), X_Saliency_Space="image", Accept="application/x-npy"),
+        lambda: one(digit_of(1800, 2001), X_Saliency_Space="image", Accept="application/x-npy"),
     ),
     "numbers that are drawn": Case(
         "numbers of all maps in the space `image`",
@@ -308,7 +326,7 @@ def test_limit_is_accepted_and_more_is_refused(server: TorchServe, worker_pids: 
     refused = ask(server, case.above() | {"timeout": TIMEOUT_S})
     assert refused.status_code == case.status, refused.text[:500]
     if case.kind:
-        assert refused.json()["error"]["type"] == case.kind
+        assert error_of(refused)["type"] == case.kind
     assert worker_pids() == workers
 
 

@@ -304,7 +304,12 @@ def test_maps_in_the_pixels_of_the_clients_image(server: TorchServe, samples: li
         ({"method": "smoothgrad", "steps": 5}, 400, "InvalidOption", "which takes samples, noise, seed, aggregate"),
         ({"method": "smoothgrad", "samples": 501}, 400, "InvalidOption", "expected an integer from 1 to 500"),
         ({"method": "integrated_gradients", "baseline": "blur"}, 400, "InvalidOption", "expected one of zero, mean"),
-        ({"method": "integrated_gradients", "space": "image"}, 400, "InvalidOption", "have no meaning there"),
+        (
+            {"method": "integrated_gradients", "space": "image"},
+            400,
+            "InvalidOption",
+            "have no meaning in the pixels of the image",
+        ),
         (
             {"method": "smoothgrad", "samples": 410, "target": "all"},
             413,

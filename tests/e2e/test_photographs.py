@@ -122,14 +122,16 @@ def test_prepare_none_only_scales(server: TorchServe) -> None:
     assert answer["preparation"]["steps"][0].startswith("scaled from ")
 
 
-def test_numbers_are_prepared_only_on_request(server: TorchServe) -> None:
+def test_numbers_are_prepared_as_images_are(server: TorchServe) -> None:
     with Image.open(FILE) as image:
         dark = (255 - np.asarray(image)).tolist()
     route = f"{server.address}/predictions/digits"
-    as_sent, prepared = (
-        requests.post(route, json={"data": dark, **more}, timeout=TIMEOUT_S).json() for more in ({}, {"prepare": "auto"})
+    as_sent, by_default, prepared = (
+        requests.post(route, json={"data": dark, **more}, timeout=TIMEOUT_S).json()
+        for more in ({"prepare": "none"}, {}, {"prepare": "auto"})
     )
     assert as_sent["preparation"]["steps"] == []
+    assert by_default == prepared
     assert prepared["preparation"]["steps"] == ["inverted"]
     assert prepared["digit"] == label_of(FILE)
 
