@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import xml.dom.minidom
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,9 @@ def test_library_example_of_the_readme_runs() -> None:
     assert names["logits"].shape == (2, 1000)
     assert [explanation.maps.shape for explanation in names["explanations"]] == [(1, 3, 64, 64), (2, 3, 64, 64)]
     assert names["explanations"][1].classes == (3, 5)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "serve_config").glob("*.xml")), ids=lambda file: file.name)
+def test_xml_is_well_formed(file: Path) -> None:
+    """log4j falls back to its own settings where it cannot read a file, and says so among a thousand lines."""
+    assert xml.dom.minidom.parse(str(file)).documentElement is not None
