@@ -9,7 +9,6 @@ What comes out is one affine map of the image's grey levels, `PreparedImage`, wh
 """
 
 import contextlib
-import functools
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from scipy import ndimage, sparse
 
 from handler.errors import BlankImage
+from handler.images.framing import has_framing
 from handler.images.preparation import Array, PreparedImage, leave_unchanged, resample
 
 INK_SHARE = 20 / 28  # longer side of the ink, as a share of the network's image, as in MNIST
@@ -30,8 +30,8 @@ PAPER_WINDOW = 0.4  # of the shorter side: wider than any stroke, narrower than 
 PAPER_WINDOW_STROKES = 3.0  # widths of the stroke, once that is known: narrower shadows are seen through then
 POLARITY_SIZE = 32  # pixels of the longer side, about, in which polarity is looked for
 POLARITY_WINDOW = 0.6  # of the shorter side: most of what it sees is paper, around bold strokes too
-DARK_PAPER = 0.3  # median of a canonical image's margin, at most
-CLEAN_PAPER = 0.95  # an image of the network's size with such a margin all around is only inverted
+SMALL_RANGE = 0.25  # of the grey scale: less of it is stretched where the paper is flat
+FLAT_SHARE = 0.4  # of all pixels, that are paper of one exact level
 WEAK_INK, STRONG_INK = 0.3, 0.45  # of the strongest contrast: ink is weak pixels that touch a strong one
 MIN_CONTRAST = 0.04  # of the grey scale: less is no ink
 CLEAR_CONTRAST = 0.2  # more than this is ink, whatever the noise seems to be
@@ -59,11 +59,16 @@ def prepare_digit(grey: Array, height: int, width: int, source: str = "pixels") 
     Raises:
         BlankImage: there is no ink.
     """
-    if _is_canonical(grey, height, width):
+    if has_framing(grey):
         return leave_unchanged(grey, source)
-    if _is_canonical(1 - grey, height, width) and _margin(grey).min() > CLEAN_PAPER:
-        nothing = leave_unchanged(1 - grey, source)
+    if has_framing(np.float32(1) - grey):
+        nothing = leave_unchanged(np.float32(1) - grey, source)
         return replace(nothing, slope=-1.0, offset=np.ones_like(grey), steps=("inverted",))
+    if not (grey != grey.flat[0]).any():
+        raise BlankImage("expected a digit that differs from its paper, got an image of one single grey level")
+    levels = _range_of_flat_paper(grey)
+    if levels is not None:
+        return _stretch(grey, *levels, height, width, source)
     view = _View.of(grey)
     ink = _find_ink(view)
     if max(ink.size) < DETAILED_INK_SIZE and view.shrinks:
@@ -73,29 +78,29 @@ def prepare_digit(grey: Array, height: int, width: int, source: str = "pixels") 
     return _place(view, ink, height, width, source)
 
 
-def _is_canonical(grey: Array, height: int, width: int) -> bool:
-    """Whether an image has the network's size and dark paper."""
-    if grey.shape != (height, width):
-        return False
-    dark = np.count_nonzero(grey < 0.5)
-    if dark in (0, grey.size) and not (grey != grey[0, 0]).any():
-        raise BlankImage("expected a digit that differs from its paper, got an image of one single grey level")
-    if dark * 2 <= grey.size:
-        return False
-    margin = _margin(grey)
-    return bool(np.count_nonzero(margin < DARK_PAPER) * 2 > margin.size)  # the median, in a tenth of its time
+def _range_of_flat_paper(grey: Array) -> tuple[float, float] | None:
+    """The lowest and highest level of an image that uses a small part of the scale, most of it paper of one exact level.
+
+    So are grids of the integers 0 and 1, masks, and intensities that were divided by 255 twice. Noise has no such paper.
+    """
+    lowest, highest = float(grey.min()), float(grey.max())
+    if highest - lowest >= SMALL_RANGE:
+        return None
+    share = max(np.count_nonzero(grey == level) for level in (lowest, highest)) / grey.size
+    return (lowest, highest) if share > FLAT_SHARE else None
 
 
-def _margin(grey: Array) -> Array:
-    """The outermost pixels, as a line."""
-    return grey.take(_margin_places(*grey.shape))
-
-
-@functools.lru_cache(maxsize=16)
-def _margin_places(height: int, width: int) -> NDArray[np.intp]:
-    """Where the outermost pixels are in an image's line of pixels; corners twice."""
-    places = np.arange(height * width).reshape(height, width)
-    return np.concatenate([places[0], places[-1], places[:, 0], places[:, -1]])
+def _stretch(grey: Array, lowest: float, highest: float, height: int, width: int, source: str) -> PreparedImage:
+    """Prepare an image by the part of the scale that it uses."""
+    gain = 1 / (highest - lowest)
+    stretched = ((grey - np.float32(lowest)) * np.float32(gain)).astype(np.float32)
+    image = prepare_digit(stretched, height, width, source)
+    shift = (
+        image.slope * gain * lowest * (image.rows.sum(axis=1)[:, None] * image.columns.sum(axis=1))
+    )  # of what was the lowest level
+    offset = np.asarray(image.offset - shift, dtype=np.float32)
+    step = f"stretched its levels, {lowest:.4f} to {highest:.4f}, to the whole scale"
+    return replace(image, slope=image.slope * gain, offset=offset, steps=(step, *image.steps))
 
 
 @dataclass(frozen=True, slots=True)
