@@ -50,7 +50,7 @@ def enlarged(grey: Grey) -> Grey:
 def thin(grey: Grey) -> Grey:
     """The middle line of the strokes."""
     depth = ndimage.distance_transform_edt(grey > 0.4)
-    return (depth >= np.maximum(1, ndimage.maximum_filter(depth, 3))).astype(np.float32)
+    return np.asarray(depth >= np.maximum(1, ndimage.maximum_filter(depth, 3)), dtype=np.float32)
 
 
 KINDS: dict[str, Callable[[Grey], Grey]] = {
@@ -93,10 +93,10 @@ def test_what_has_the_framing_is_not_touched(digit_pixels: Grey) -> None:
 
 def test_what_lacks_the_framing_says_what_was_done(digit_pixels: Grey) -> None:
     assert prepare_digit(np.roll(digit_pixels[0], 4, axis=1), 28, 28).steps[0].startswith("found ink brighter than its paper")
-    assert prepare_digit(digit_pixels[0] / np.float32(255), 28, 28).steps == (
+    assert prepare_digit((digit_pixels[0] / 255).astype(np.float32), 28, 28).steps == (
         "stretched its levels, 0.0000 to 0.0039, to the whole scale",
     )
-    assert prepare_digit(1 - digit_pixels[0], 28, 28).steps == ("inverted",)
+    assert prepare_digit((1 - digit_pixels[0]).astype(np.float32), 28, 28).steps == ("inverted",)
 
 
 @pytest.mark.parametrize("kind", ["integers 0 and 1, dark on bright", "mask of 0 and 1, enlarged", "integers 0 to 16"])
@@ -110,7 +110,7 @@ def test_way_back_goes_through_the_stretch_too(digit_pixels: Grey, kind: str) ->
 
 
 def test_noise_in_the_dark_is_no_ink() -> None:
-    noise = np.random.default_rng(0).integers(0, 4, (200, 200)).astype(np.float32) / 255
+    noise = np.random.default_rng(0).integers(0, 4, (200, 200)).astype(np.float32) / np.float32(255)
     with pytest.raises(BlankImage):
         prepare_digit(noise, 28, 28)
 
