@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCKS := tests/requirements.txt scripts/bench/peers/requirements.txt tests/requirements-fuzz.txt tests/requirements-clients.txt .github/requirements-audit.txt
 COMPILE = $(BIN)/uv pip compile --universal --generate-hashes --no-header --quiet $(ARGS)
-SOURCES := $(wildcard handler/*.py handler/*/*.py scripts/packaging/*.py) scripts/paths.py model/network.py model/weights.safetensors \
+SOURCES := $(wildcard handler/*.py handler/*/*.py scripts/packaging/*.py scripts/*.py) model/network.py model/weights.safetensors \
            serve_config/model-config.yaml
 
 .DEFAULT_GOAL := help

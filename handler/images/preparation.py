@@ -51,7 +51,7 @@ class PreparedImage:
         slope: intensity per unit of grey; negative where the image is inverted.
         offset: float32 (h, w): the paper's level, and all that cleaning and clipping changed at this image.
         pixels: float32 (h, w): the prepared image, intensity in [0, 1].
-        steps: what was done, in words and in order; empty where the image was canonical already.
+        steps: what was done, in words and in order; empty where the image has the framing already.
         ink_box: left, top, right, bottom of the ink, in pixels of the image; None where it was not looked for.
         threshold: contrast to the paper, 0-1, from which a pixel was taken for ink; None likewise.
         source: what the image was sent as, such as "PNG image".
@@ -84,20 +84,20 @@ class PreparedImage:
         return description
 
     def apply(self, grey: Array) -> Array:
-        """Prepare an image: (H, W) grey levels -> (h, w) intensities, with everything but the grey levels held fixed."""
+        """Prepare an image: (H, W) grey levels -> (h, w) intensities, with everything but the grey levels treated as constant."""
         return np.asarray(np.float32(self.slope) * (self.rows @ grey @ self.columns.T) + self.offset, dtype=np.float32)
 
     def pull_back(self, gradient: Array) -> Array:
         """Carry gradients by the network's pixels back to the image's grey levels: (..., h, w) -> (..., H, W).
 
         The chain rule through resampling, placement and inversion. Geometry, stretch, the paper's level and what was cleaned
-        away are held fixed.
+        away are treated as constant.
         """
         return np.asarray(np.float32(self.slope) * (self.rows.T @ gradient @ self.columns), dtype=np.float32)
 
 
 def leave_unchanged(grey: Array, source: str = "pixels") -> PreparedImage:
-    """An image that is canonical already: it goes to the network bit for bit."""
+    """Give an image that has the framing already: it goes to the network bit for bit."""
     rows, columns, offset = _identity(*grey.shape)
     return PreparedImage(rows, columns, slope=1.0, offset=offset, pixels=grey, steps=(), source=source)
 

@@ -342,7 +342,7 @@ def run_tests(plan: Plan) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.xml"
         command = [sys.executable, "-m", "pytest", *TESTS, f"--device={plan.device}", f"--junitxml={file}", "--quiet"]
-        process = subprocess.Popen([*command, "-p", "no:cacheprovider"], cwd=ROOT, stdout=sys.stderr.fileno())
+        process = subprocess.Popen([*command, "-m", "", "-p", "no:cacheprovider"], cwd=ROOT, stdout=sys.stderr.fileno())
         try:
             process.wait(TESTS_TIMEOUT_S)
         except subprocess.TimeoutExpired:
