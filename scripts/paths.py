@@ -23,3 +23,4 @@ BUILD = ROOT / "build"
 DATA_DIR = BUILD / "data"  # torchvision's root folder, with MNIST
 ARCHIVE = BUILD / f"{MODEL_NAME}.mar"
 REFERENCE_FILE = "reference.json"  # in an archive: an image and the reference answer to it
+DRAINING_FILE = "draining"  # in the folder of the logs: a server in cluster mode takes its leave

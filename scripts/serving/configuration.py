@@ -22,7 +22,7 @@ def configure(settings: Settings, java_logging: Path) -> str:
         java_logging: Java's own logging.properties.
     """
     ports, hardening = settings.ports, settings.hardening
-    changes = {
+    changes: dict[str, str | None] = {
         "inference_address": f"http://{LOOPBACK}:{ports.inference}",
         "management_address": f"http://{LOOPBACK}:{ports.management}",
         "metrics_address": f"http://{LOOPBACK}:{ports.metrics}",
@@ -35,6 +35,8 @@ def configure(settings: Settings, java_logging: Path) -> str:
             "certificate_file": str(hardening.certificate.resolve()),
             "private_key_file": str(hardening.private_key.resolve()),
         }
+    if settings.cluster is not None:
+        changes |= settings.cluster.properties(ports.inference, ports.metrics, is_hardened=hardening is not None)
     properties = settings.configuration.read_text()
     changes["vmargs"] = f"{find_property(properties, 'vmargs') or ''} -Djava.util.logging.config.file={java_logging}".strip()
     metrics_config = find_property(properties, "metrics_config")
@@ -51,10 +53,10 @@ def find_property(properties: str, name: str) -> str | None:
     return found[1].strip() if found else None
 
 
-def write_property(properties: str, name: str, value: str) -> str:
-    """Replace the line of a key in the text of config.properties, or add it."""
+def write_property(properties: str, name: str, value: str | None) -> str:
+    """Replace the line of a key in the text of config.properties, or add it; None removes it."""
     kept = [line for line in properties.splitlines() if not line.startswith(f"{name}=")]
-    return "\n".join([*kept, f"{name}={value}", ""])
+    return "\n".join([*kept, *([] if value is None else [f"{name}={value}"]), ""])
 
 
 def stock_model_store(store: Path, settings: Settings, archive: bytes, unpacked: Path) -> int:

@@ -4,25 +4,28 @@
 
 The command line, and the names that other scripts take from this package: settings (`settings.py`), configuration
 (`configuration.py`), Java (`java.py`) and the running server (`server.py`). With `--hardened` it serves for others: TLS, tokens,
-a checked archive, least privileges (see .github/SECURITY.md).
+a checked archive, least privileges (see .github/SECURITY.md). With `--cluster` it serves behind a load balancer.
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.command_line import HelpFormatter
 from scripts.paths import CONFIGURATION, HARDENED_CONFIGURATION, SAMPLE_IMAGE
+from scripts.serving.cluster import EVERY_ADDRESS, Cluster, ConsoleFollower, mark_draining
 from scripts.serving.configuration import find_property, read_model_config, write_property
 from scripts.serving.hardened import Hardening
 from scripts.serving.java import find_java_home
 from scripts.serving.server import READY_TIMEOUT_S, TorchServe
-from scripts.serving.settings import Ports, ServeError, Settings
+from scripts.serving.settings import CONSOLE_FILE, Ports, ServeError, Settings
 
 __all__ = [
     "READY_TIMEOUT_S",
@@ -89,11 +92,24 @@ def build_parser() -> argparse.ArgumentParser:
     hardened.add_argument(
         "--inference-host",
         metavar="IPV4",
-        help="where requests are taken; everything else stays on loopback; default: 127.0.0.1",
+        help="where requests are taken; everything else stays on loopback; default: 127.0.0.1, with --cluster 0.0.0.0",
     )
     hardened.add_argument("--key-dir", type=Path, metavar="FOLDER", help="folder for the server's tokens; default: build/keys")
     hardened.add_argument(
         "--allow-privileged-user", action="store_true", help="serve even as root, or as a user who can change the code"
+    )
+    cluster = parser.add_argument_group("a server in a cluster")
+    cluster.add_argument(
+        "--cluster",
+        action="store_true",
+        help="inference and metrics at all addresses, management on loopback, no tokens unless --hardened; logs on stderr too; "
+        "SIGTERM drains",
+    )
+    cluster.add_argument(
+        "--drain-delay",
+        type=float,
+        metavar="S",
+        help=f"seconds after SIGTERM in which requests are still taken; default: {Cluster().drain_delay_s:g}",
     )
     return parser
 
@@ -118,7 +134,21 @@ def read_hardening(arguments: argparse.Namespace) -> Hardening | None:
     host = given.get("inference_host", "")
     if ":" in host or "/" in host:
         raise ServeError(f"expected an IPv4 address or a name without a port as --inference-host, got {host!r}")
+    if arguments.cluster:
+        given.setdefault("inference_host", EVERY_ADDRESS)
     return Hardening(**given)
+
+
+def read_cluster(arguments: argparse.Namespace) -> Cluster | None:
+    """Turn the command line into the settings of a server in a cluster; None where it asks for none.
+
+    Raises:
+        ServeError: --cluster is missing.
+    """
+    given = {} if arguments.drain_delay is None else {"drain_delay_s": arguments.drain_delay}
+    if not arguments.cluster and given:
+        raise ServeError("--drain-delay needs --cluster")
+    return Cluster(**given) if arguments.cluster else None
 
 
 def read_settings(arguments: argparse.Namespace) -> Settings:
@@ -127,7 +157,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     Raises:
         ServeError: it has only some of the options that a hardened server needs.
     """
-    hardening = read_hardening(arguments)
+    hardening, cluster = read_hardening(arguments), read_cluster(arguments)
     model_config = {
         "minWorkers": arguments.workers,
         "maxWorkers": arguments.workers,
@@ -141,9 +171,10 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         log_dir=arguments.log_dir,
         log_configuration=arguments.log_config,
         model_config={key: value for key, value in model_config.items() if value is not None},
-        configuration=CONFIGURATION if hardening is None else HARDENED_CONFIGURATION,
+        configuration=CONFIGURATION if hardening is None and cluster is None else HARDENED_CONFIGURATION,
         archive_sha256=arguments.archive_sha256,
         hardening=hardening,
+        cluster=cluster,
     )
 
 
@@ -163,6 +194,20 @@ def suggest_commands(server: TorchServe) -> str:
     )
 
 
+def _console_of(settings: Settings) -> contextlib.AbstractContextManager[object]:
+    """Show what TorchServe prints, in cluster mode; else only its file has it."""
+    if settings.cluster is None:
+        return contextlib.nullcontext()
+    return ConsoleFollower(settings.log_dir / CONSOLE_FILE)
+
+
+def drain(settings: Settings, cluster: Cluster) -> None:
+    """Tell the readiness probe that this server takes its leave, and go on serving until load balancers have noticed."""
+    print(f"draining: requests are taken for {cluster.drain_delay_s:g} s more ...", file=sys.stderr)
+    mark_draining(settings.log_dir, draining=True)
+    time.sleep(cluster.drain_delay_s)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until a signal. Returns the exit code: 0 after a signal, 1 where the server did not start or ended by itself."""
     arguments = build_parser().parse_args(argv)
@@ -171,14 +216,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal_number, lambda *_: interrupted.set())
     try:
         settings = read_settings(arguments)
+        if settings.cluster is not None:
+            mark_draining(settings.log_dir, draining=False)  # what a killed predecessor left
         print(f"starting TorchServe, logs in {settings.log_dir} ...", file=sys.stderr)
-        with TorchServe(settings, interrupted) as server:
+        with _console_of(settings), TorchServe(settings, interrupted) as server:
             print(f"{server.worker_count} workers ready at {server.address} (Ctrl-C ends them). Try:\n")
             print(f"{suggest_commands(server)}\n", flush=True)
             while not interrupted.wait(1):
                 if server.has_ended():
                     print(f"TorchServe ended by itself:\n{server.log_tail()}", file=sys.stderr)
                     return 1
+            if settings.cluster is not None:
+                drain(settings, settings.cluster)
             print("stopping ...", file=sys.stderr)
     except ServeError as error:
         print(f"error: {error}", file=sys.stderr)

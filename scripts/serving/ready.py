@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from scripts.command_line import HelpFormatter
-from scripts.paths import ARCHIVE, REFERENCE_FILE
+from scripts.paths import ARCHIVE, DRAINING_FILE, REFERENCE_FILE
 from scripts.serving.credentials import CredentialsError, authorization, read_token
 
 TOLERANCE = 5e-5  # of the largest logit, and of the map's largest number: devices differ by 1e-6, TF32 and other weights by more
@@ -192,6 +192,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--key-file", type=Path, metavar="FILE", help="token: TorchServe's key_file.json, or a file with a token alone"
     )
     parser.add_argument("--ca-file", type=Path, metavar="FILE", help="certificates to trust over https, PEM")
+    parser.add_argument(
+        "--log-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="log folder of a server in cluster mode on this machine: it is not ready once it drains",
+    )
     parser.add_argument("--timeout", type=float, default=TIMEOUT_S, metavar="S", help="seconds for both answers together")
     parser.add_argument("--wait", type=float, default=0, metavar="S", help="seconds to ask again for; 0: ask once")
     return parser
@@ -208,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + arguments.wait
     while True:
         try:
+            if arguments.log_dir and (arguments.log_dir / DRAINING_FILE).exists():
+                raise NotReady(f"the server drains: {arguments.log_dir / DRAINING_FILE} exists")
             reference = (
                 ReferenceAnswer(arguments.weights_sha256)
                 if arguments.weights_sha256

@@ -31,7 +31,7 @@ from scripts.serving.credentials import CredentialsError, authorization, read_to
 from scripts.serving.hardened import HardeningError, prepare_key_dir, require_hardening, require_own_certificate, verify_checksum
 from scripts.serving.java import find_java_home
 from scripts.serving.ready import NotReady, read_reference_answer, require_right_answers
-from scripts.serving.settings import LOOPBACK, ServeError, Settings
+from scripts.serving.settings import CONSOLE_FILE, LOOPBACK, ServeError, Settings
 
 READY_TIMEOUT_S = 180
 READY_POLL_S = 0.25
@@ -93,7 +93,7 @@ class TorchServe:
 
     def log_tail(self) -> str:
         """Read the last lines that TorchServe printed, its workers' lines among them."""
-        console = self.settings.log_dir / "console.log"
+        console = self.settings.log_dir / CONSOLE_FILE
         lines = console.read_text(errors="replace").splitlines() if console.is_file() else []
         return "\n".join(lines[-LOG_TAIL_LINES:])
 
@@ -145,11 +145,10 @@ class TorchServe:
         try:
             archive = settings.archive.read_bytes()
             verify_checksum(archive, settings.archive, settings.archive_sha256, required=hardening is not None)
-            if hardening is None:
-                settings.ports.require_free()
-            else:
+            if hardening is not None:
                 require_hardening(hardening, settings.configuration)
-                settings.ports.require_free(hardening.inference_host)
+            settings.ports.require_free(settings.inference_host, settings.metrics_host)
+            if hardening is not None:
                 prepare_key_dir(hardening.key_dir)
         except HardeningError as error:
             raise ServeError(str(error)) from error
@@ -211,7 +210,8 @@ class TorchServe:
 
     def _wait_until_idle(self) -> None:
         """Wait until nothing has been done for a while: TorchServe drops what it has not answered when it is told to end."""
-        deadline = time.monotonic() + DRAIN_TIMEOUT_S
+        cluster = self.settings.cluster
+        deadline = time.monotonic() + (DRAIN_TIMEOUT_S if cluster is None else cluster.drain_timeout_s)
         before, now = None, self._activity()
         while now and now != before and time.monotonic() < deadline:
             time.sleep(IDLE_S)
@@ -258,7 +258,7 @@ def _open_console(settings: Settings) -> BinaryIO:
         settings.log_dir.mkdir(parents=True, exist_ok=True)
         if settings.hardening is not None:
             settings.log_dir.chmod(0o700)
-        return (settings.log_dir / "console.log").open("wb")
+        return (settings.log_dir / CONSOLE_FILE).open("wb")
     except OSError as error:
         advice = f"cannot write logs into {settings.log_dir} ({error.strerror}); choose another folder with --log-dir"
         raise ServeError(advice) from error

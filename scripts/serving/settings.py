@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from scripts.paths import ARCHIVE, BUILD, CONFIGURATION, LOG_CONFIGURATION
+from scripts.serving.cluster import EVERY_ADDRESS, Cluster
 from scripts.serving.hardened import Hardening
 
 LOOPBACK = "127.0.0.1"
+CONSOLE_FILE = "console.log"  # in the folder of the logs: all that TorchServe prints
 
 
 class ServeError(RuntimeError):
@@ -19,7 +21,7 @@ class ServeError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """TCP ports: inference on the loopback address, or where a hardened server takes requests; the others on loopback."""
+    """TCP ports: inference and metrics on loopback, or where the settings say; the others on loopback."""
 
     inference: int = 8080
     management: int = 8081
@@ -36,10 +38,11 @@ class Ports:
                 opened.bind((LOOPBACK, 0))
             return cls(*(opened.getsockname()[1] for opened in sockets))
 
-    def require_free(self, inference_host: str = LOOPBACK) -> None:
+    def require_free(self, inference_host: str = LOOPBACK, metrics_host: str = LOOPBACK) -> None:
         """Raise ServeError, which names the port, where something listens on one of them."""
+        reachable = {"inference": inference_host, "metrics": metrics_host}
         for name in self.__dataclass_fields__:
-            host, port = inference_host if name == "inference" else LOOPBACK, getattr(self, name)
+            host, port = reachable.get(name, LOOPBACK), getattr(self, name)
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
@@ -63,6 +66,7 @@ class Settings:
         log_configuration: its log4j2.xml.
         archive_sha256: the archive's expected SHA-256, in hexadecimal; None for the one in the file beside it, if there is one.
         hardening: the settings of a server that others can reach; None in development.
+        cluster: the settings of a server in a cluster; None for one that stands alone.
     """
 
     archive: Path = ARCHIVE
@@ -74,3 +78,16 @@ class Settings:
     log_configuration: Path = LOG_CONFIGURATION
     archive_sha256: str | None = None
     hardening: Hardening | None = None
+    cluster: Cluster | None = None
+
+    @property
+    def inference_host(self) -> str:
+        """The IPv4 address or name that requests are taken at."""
+        if self.hardening is not None:
+            return self.hardening.inference_host
+        return EVERY_ADDRESS if self.cluster is not None else LOOPBACK
+
+    @property
+    def metrics_host(self) -> str:
+        """The IPv4 address or name that metrics are served at."""
+        return EVERY_ADDRESS if self.cluster is not None else LOOPBACK

@@ -1,0 +1,97 @@
+"""Cluster mode: a server that other machines reach, which leaves its load balancer before it ends.
+
+Stands between development and hardened. Inference and metrics are reachable, management stays on loopback, nothing can be
+loaded or fetched. Nobody is asked for a token: the cluster's network says who may reach the server. Hardening brings TLS and
+tokens back. Knows nothing of how the server is started: `server.py` does that.
+"""
+
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from scripts.paths import DRAINING_FILE
+
+EVERY_ADDRESS = "0.0.0.0"  # noqa: S104  # what this mode is for
+FOLLOW_POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """The settings of a server in a cluster.
+
+    Attributes:
+        drain_delay_s: seconds after SIGTERM in which all requests are still taken, for load balancers to notice. Kubernetes takes
+            a pod out of its endpoints while the pod gets SIGTERM, and every node has to hear of it.
+        drain_timeout_s: seconds after that for the requests in flight: more than the slowest takes (MAX_BATCH_SECONDS in
+            handler/limits.py). A pod's terminationGracePeriodSeconds is at least the sum of both and of STOP_TIMEOUT_S.
+    """
+
+    drain_delay_s: float = 10.0
+    drain_timeout_s: float = 30.0
+
+    def properties(self, inference_port: int, metrics_port: int, *, is_hardened: bool) -> Mapping[str, str | None]:
+        """List what differs from config-hardened.properties: keys and their values, None for a line that goes.
+
+        Args:
+            inference_port: TCP port of the inference API.
+            metrics_port: TCP port of the metrics.
+            is_hardened: whether TLS and tokens stay.
+        """
+        reachable: dict[str, str | None] = {"metrics_address": f"http://{EVERY_ADDRESS}:{metrics_port}"}
+        if is_hardened:
+            return reachable
+        return reachable | {
+            "inference_address": f"http://{EVERY_ADDRESS}:{inference_port}",
+            "disable_token_authorization": "true",
+            "certificate_file": None,
+            "private_key_file": None,
+        }
+
+
+def mark_draining(log_dir: Path, *, draining: bool) -> None:
+    """Write or remove the file that tells the readiness probe (`ready.py --log-dir`) that this server takes its leave."""
+    marker = log_dir / DRAINING_FILE
+    if draining:
+        marker.touch()
+    else:
+        marker.unlink(missing_ok=True)
+
+
+class ConsoleFollower:
+    """Copies what TorchServe prints to this program's stderr, which is where a container's logs are read.
+
+    A context manager: inside it lines are copied; on leaving it the rest is.
+    """
+
+    def __init__(self, console: Path) -> None:
+        self._console = console
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        position, is_last = 0, False
+        while not is_last:
+            is_last = self._ended.wait(FOLLOW_POLL_S)
+            try:
+                with self._console.open("rb") as opened:
+                    if opened.seek(0, 2) < position:
+                        position = 0  # it was begun again
+                    opened.seek(position)
+                    printed = opened.read()
+            except OSError:  # not there yet
+                continue
+            position += len(printed)
+            sys.stderr.write(printed.decode(errors="replace"))
+            sys.stderr.flush()
