@@ -76,6 +76,12 @@ class PreparedImage:
         """Whether dark ink was made bright."""
         return self.slope < 0
 
+    @property
+    def window(self) -> tuple[float, float, float, float]:
+        """Left, top, right, bottom of the network's image, in pixels of the image as sent; it may reach beyond that image."""
+        (left, right), (top, bottom) = _span(self.columns), _span(self.rows)
+        return left, top, right, bottom
+
     def describe(self) -> dict[str, Any]:
         """Say for people what was done: the reply's `preparation`."""
         description: dict[str, Any] = {"source": self.source, "steps": list(self.steps), "inverted": self.inverted}
@@ -94,6 +100,20 @@ class PreparedImage:
         away are treated as constant.
         """
         return np.asarray(np.float32(self.slope) * (self.rows.T @ gradient @ self.columns), dtype=np.float32)
+
+
+def _span(weights: Array) -> tuple[float, float]:
+    """Where a resampled line of pixels starts and stops, in source pixels, by the places that its pixels look at.
+
+    Args:
+        weights: float32 (target, source). Pixels that look beyond the source have smaller weights, and say less.
+    """
+    sums = weights.sum(axis=1)
+    looks = np.flatnonzero(sums > 0.9 * sums.max())
+    places = (weights[looks] @ (np.arange(weights.shape[1]) + 0.5)) / sums[looks]
+    step = float(np.median(np.diff(places) / np.diff(looks))) if len(looks) > 1 else weights.shape[1] / weights.shape[0]
+    start = float(np.median(places - (looks + 0.5) * step))
+    return round(start, 4), round(start + step * weights.shape[0], 4)
 
 
 def leave_unchanged(grey: Array, source: str = "pixels") -> PreparedImage:

@@ -6,10 +6,19 @@ from typing import Any
 from handler.gradients.methods import METHODS
 from handler.images.arrays import NUMPY_TYPES
 from handler.images.decode import ACCEPTED_FORMATS
-from handler.limits import MAX_GRADIENTS, MAX_IMAGE_MAP_NUMBERS, MAX_IMAGES, MAX_MAPS, MAX_PIXELS, MAX_PREPARED_IMAGES
+from handler.limits import (
+    MAX_BODY_BYTES,
+    MAX_GRADIENTS,
+    MAX_IMAGE_MAP_NUMBERS,
+    MAX_IMAGES,
+    MAX_MAPS,
+    MAX_PIXELS,
+    MAX_PREPARED_IMAGES,
+)
 from handler.protocol.kserve import BYTES, EXPLANATION_OUTPUTS, PREDICTION_OUTPUTS
-from handler.protocol.options import OPTIONS, accepted_values, header_of
+from handler.protocol.options import OPTIONS, accepted_values, header_of, schema_of
 from handler.protocol.request import ReplyFormat
+from handler.render.drawing import ANCHORS, DIVERGING
 
 VERSIONS_OF = ("torch", "torchserve", "numpy", "scipy", "pillow")
 
@@ -34,6 +43,8 @@ def describe_service(model: dict[str, str], height: int, width: int, class_count
                 "accepted": accepted_values(option.values, class_count),
                 "default": option.default,
                 "header": header_of(name),
+                "description": option.description,
+                "schema": schema_of(option, class_count),
             }
             for name, option in OPTIONS.items()
         },
@@ -41,9 +52,14 @@ def describe_service(model: dict[str, str], height: int, width: int, class_count
             name: {
                 "description": method.description,
                 "output": method.output,
+                "unit": method().unit,
                 "parameters": {name: parameter.description for name, parameter in method.parameters().items()},
             }
             for name, method in METHODS.items()
+        },
+        "colormaps": {
+            name: {"diverging": name in DIVERGING, "colours": [f"#{colour}" for colour in anchors.split()]}
+            for name, anchors in ANCHORS.items()
         },
         "reply_formats": list(ReplyFormat),
         "tensor_outputs": {"prediction": PREDICTION_OUTPUTS, "explanation": EXPLANATION_OUTPUTS},
@@ -54,6 +70,7 @@ def describe_service(model: dict[str, str], height: int, width: int, class_count
             "gradients_a_request": MAX_GRADIENTS,
             "image_pixels_a_request": MAX_PIXELS,
             "image_map_numbers_a_request": MAX_IMAGE_MAP_NUMBERS,
+            "body_bytes": MAX_BODY_BYTES,
         },
         "versions": {package: version(package) for package in VERSIONS_OF},
     }

@@ -61,6 +61,7 @@ class Options:
     space: Space = Space.CANONICAL
     prepare: Prepare = Prepare.AUTO
     encoding: Encoding = Encoding.NESTED
+    pixels: bool = False
     style: Style = dataclasses.field(default_factory=Style)
 
     @property
@@ -150,6 +151,11 @@ OPTIONS: Mapping[str, Option] = {
     "encoding": Option(
         _members(Encoding), Encoding.NESTED, "of the map in JSON: nested lists, or the base64 of little-endian float32 in C order"
     ),
+    "pixels": Option(
+        Flag(),
+        default=False,
+        description="put the pixels that the network got into a JSON reply, and where they lie in the image",
+    ),
     **STYLE_OPTIONS,
     **{name: Option(_values_of(one), one.default, one.description) for name, one in PARAMETERS.items()},
 }
@@ -171,6 +177,24 @@ def accepted_values(values: Values, class_count: int) -> list[object]:
             return [f"an integer from {lowest:.0f} to {highest:.0f}" if whole else f"a number from {lowest} to {highest}"]
         case _:
             return list(values)
+
+
+def schema_of(option: Option, class_count: int) -> dict[str, object]:
+    """Describe the values that an option accepts for programs, as JSON Schema."""
+    match option.values:
+        case Flag():
+            accepted: dict[str, object] = {"type": "boolean"}
+        case Classes():
+            one: dict[str, object] = {
+                "anyOf": [{"type": "integer", "minimum": 0, "maximum": class_count - 1}, {"const": "predicted"}]
+            }
+            several = {"type": "array", "items": one, "minItems": 1, "maxItems": class_count}
+            accepted = {"anyOf": [one, several, {"const": "all"}]}
+        case Range(lowest, highest, whole):
+            accepted = {"type": "integer" if whole else "number", "minimum": lowest, "maximum": highest}
+        case choices:
+            accepted = {"enum": list(choices)}
+    return {**accepted, "default": option.default}
 
 
 # --- one value

@@ -188,11 +188,22 @@ def _describe(result: Result, model: dict[str, str]) -> dict[str, Any]:
     }
     if result.explanation is not None:
         content["explanation"] = _describe_maps(result)
-    content["preparation"] = result.image.describe()
+    content["preparation"] = _describe_preparation(result)
     if result.warnings:
         content["warnings"] = [{"type": warning.type, "message": warning.message} for warning in result.warnings]
     content["model"] = model
     return content
+
+
+def _describe_preparation(result: Result) -> dict[str, Any]:
+    preparation, pixels = result.image.describe(), result.image.pixels
+    if result.options.pixels:
+        preparation |= {
+            "window": result.image.window,
+            "shape": pixels.shape,
+            "pixels": pixels if result.options.encoding is Encoding.NESTED else _base64_of(pixels),
+        }
+    return preparation
 
 
 def _describe_maps(result: Result) -> dict[str, Any]:
@@ -202,6 +213,7 @@ def _describe_maps(result: Result) -> dict[str, Any]:
         "method": options.method.name,
         **({"parameters": parameters} if parameters else {}),
         "output": options.method.output,
+        "unit": _unit_of(options),
         "target": result.target,
         "target_source": _target_source(options),
         "with_respect_to": WITH_RESPECT_TO[options.space],
@@ -213,6 +225,12 @@ def _describe_maps(result: Result) -> dict[str, Any]:
         "encoding": options.encoding,
         "saliency": saliency if options.encoding is Encoding.NESTED else _base64_of(saliency),
     }
+
+
+def _unit_of(options: Options) -> str:
+    """The unit of the map's numbers, in the space that was asked for."""
+    unit = options.method.unit
+    return unit.replace(PER_INTENSITY, " per unit of grey level") if options.space is Space.IMAGE else unit
 
 
 @functools.cache

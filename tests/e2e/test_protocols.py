@@ -22,7 +22,8 @@ from PIL import Image
 
 from handler.gradients.methods import METHODS
 from handler.images.arrays import NUMPY_TYPES
-from handler.protocol.options import Encoding
+from handler.protocol.options import OPTIONS, Encoding
+from handler.render.drawing import Colormap
 from scripts.packaging.package import read_archive
 from scripts.serving.launcher import TorchServe
 from tests.client import (
@@ -595,7 +596,10 @@ def test_management_api_describes_the_service(server: TorchServe, samples: list[
         "accepted": list(Encoding),
         "default": "nested",
         "header": "x-saliency-encoding",
+        "description": OPTIONS["encoding"].description,
+        "schema": {"enum": list(Encoding), "default": "nested"},
     }
+    assert description["colormaps"].keys() == set(Colormap)
     assert list(description["methods"]) == list(METHODS)
     assert description["limits"]["pictures_a_request"] == 1024
     assert description["versions"]["torchserve"] == version("torchserve")

@@ -269,3 +269,26 @@ def test_scene_ranges_are_ranges() -> None:
             value = getattr(scene, name)
             if isinstance(value, tuple):
                 assert value[0] <= value[1], name
+
+
+# --- where the network's image lies in the image
+
+
+@pytest.mark.parametrize("kind", ["scan", "inverted scan", "phone", "blackboard"])
+def test_window_is_where_the_network_s_image_lies(inks: dict[str, NDArray[np.float64]], kind: str) -> None:
+    """What Pillow cuts out there and scales is what the network got, but for contrast and cleaning."""
+    image = Image.open(BytesIO(photograph(inks["7-0"], kind, [3]))).convert("L")
+    grey = np.asarray(image, dtype=np.float32) / 255
+    preparation = prepare_digit(grey, 28, 28)
+    cut = np.asarray(image.transform((280, 280), Image.Transform.EXTENT, preparation.window, Image.Resampling.BILINEAR))
+    levels = np.asarray(Image.fromarray(cut).resize((28, 28), Image.Resampling.BOX), dtype=np.float32)
+    inside = preparation.pixels > 0.1
+    assert np.corrcoef(preparation.slope * levels[inside], preparation.pixels[inside])[0, 1] > 0.9
+    moved = np.roll(levels, (2, 1), axis=(0, 1))
+    assert np.corrcoef(preparation.slope * moved[inside], preparation.pixels[inside])[0, 1] < 0.7
+
+
+def test_window_of_an_image_that_is_only_scaled_is_the_whole_of_it() -> None:
+    assert scale_image(np.zeros((56, 140), np.float32), 28, 28).window == (0, 0, 140, 56)
+    assert leave_unchanged(np.zeros((28, 28), np.float32)).window == (0, 0, 28, 28)
+    assert scale_image(np.zeros((7, 5), np.float32), 28, 28).window == pytest.approx((0, 0, 5, 7), abs=0.5)

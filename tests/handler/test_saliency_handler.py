@@ -109,6 +109,7 @@ def test_json_reply_says_all_that_the_contract_says(handler: SaliencyHandler, ne
     assert reply["explanation"] == {
         "method": "gradient",
         "output": "logit",
+        "unit": "logit per unit of intensity",
         "target": 7,
         "target_source": "predicted",
         "with_respect_to": "pixel intensity in [0, 1]",
@@ -119,6 +120,30 @@ def test_json_reply_says_all_that_the_contract_says(handler: SaliencyHandler, ne
     }
     assert reply["preparation"] == {"source": "PNG image", "steps": [], "inverted": False}
     assert reply["model"] == handler.model_description
+
+
+def explain_alone(handler: SaliencyHandler, folder: Path, headers: dict[str, str]) -> dict[str, Any]:
+    ((status, _, body),) = answer(handler, [({"body": bytearray(IMAGE)}, {"explain": "True", **headers})], folder)
+    assert status == 200
+    reply: dict[str, Any] = json.loads(body)
+    return reply
+
+
+def test_pixels_that_the_network_got_come_on_request_in_the_map_s_encoding(handler: SaliencyHandler, tmp_path: Path) -> None:
+    asked = {"X-Saliency-Pixels": "true"}
+    nested = explain_alone(handler, tmp_path / "unpacked", asked)["preparation"]
+    encoded = explain_alone(handler, tmp_path / "unpacked", asked | {"X-Saliency-Encoding": "base64"})["preparation"]
+    pixels = np.asarray(nested["pixels"], dtype=np.float32)
+    np.testing.assert_array_equal(pixels, pixels_of(FILE))
+    np.testing.assert_array_equal(np.frombuffer(base64.b64decode(encoded["pixels"]), "<f4").reshape(encoded["shape"]), pixels)
+    assert nested["window"] == [0, 0, 28, 28]
+
+
+@pytest.mark.parametrize(
+    ("space", "unit"), [("canonical", "logit per unit of intensity"), ("image", "logit per unit of grey level")]
+)
+def test_reply_names_the_unit_of_its_numbers(handler: SaliencyHandler, tmp_path: Path, space: str, unit: str) -> None:
+    assert explain_alone(handler, tmp_path / "unpacked", {"X-Saliency-Space": space})["explanation"]["unit"] == unit
 
 
 def pixels_of(file: Path) -> NDArray[np.float32]:
