@@ -58,7 +58,7 @@ def describe_service(model: dict[str, str], height: int, width: int, class_count
             for name, method in METHODS.items()
         },
         "colormaps": {
-            name: {"diverging": name in DIVERGING, "colours": [f"#{colour}" for colour in anchors.split()]}
+            name.value: {"diverging": name in DIVERGING, "colours": [f"#{colour}" for colour in anchors.split()]}
             for name, anchors in ANCHORS.items()
         },
         "reply_formats": list(ReplyFormat),

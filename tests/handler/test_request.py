@@ -368,7 +368,7 @@ def test_option_that_is_no_text_is_refused() -> None:
 def test_unknown_option_is_refused_and_the_known_ones_are_named(row: object, headers: dict[str, str]) -> None:
     with pytest.raises(
         UnknownOption,
-        match="expected one of the options explain, target, method, space, prepare, encoding, "
+        match="expected one of the options explain, target, method, space, prepare, encoding, pixels, "
         "size, colormap, polarity, clip_percentile, layout, samples, noise, seed, aggregate, steps, baseline ",
     ):
         parse(row, headers)
