@@ -278,7 +278,7 @@ def test_scene_ranges_are_ranges() -> None:
 def test_window_is_where_the_network_s_image_lies(inks: dict[str, NDArray[np.float64]], kind: str) -> None:
     """What Pillow cuts out there and scales is what the network got, but for contrast and cleaning."""
     image = Image.open(BytesIO(photograph(inks["7-0"], kind, [3]))).convert("L")
-    grey = np.asarray(image, dtype=np.float32) / 255
+    grey = np.asarray(image, dtype=np.float32) / np.float32(255)
     preparation = prepare_digit(grey, 28, 28)
     cut = np.asarray(image.transform((280, 280), Image.Transform.EXTENT, preparation.window, Image.Resampling.BILINEAR))
     levels = np.asarray(Image.fromarray(cut).resize((28, 28), Image.Resampling.BOX), dtype=np.float32)
