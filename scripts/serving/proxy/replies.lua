@@ -1,0 +1,15 @@
+-- Marks the one 500 that says nothing about its request: TorchServe's "Worker died.", so that it alone is sent again.
+
+local MAX_BYTES = 500 -- of TorchServe's own errors; others are not looked at
+
+function envoy_on_response(handle)
+  local headers = handle:headers()
+  local length = tonumber(headers:get("content-length"))
+  if headers:get(":status") ~= "500" or not length or length > MAX_BYTES then
+    return
+  end
+  local body = handle:body()
+  if body and body:getBytes(0, body:length()):find('"message": "Worker died."', 1, true) then
+    headers:replace("x-worker-died", "true")
+  end
+end
