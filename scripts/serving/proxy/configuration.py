@@ -384,7 +384,9 @@ def _route(front: Front) -> dict[str, Any]:
 
 def _local_replies() -> dict[str, Any]:
     """The proxy's own errors, in the API's form; on the routes of the Open Inference Protocol in that protocol's."""
-    mappers = []
+    is_answered = {"header_filter": {"header": {"name": "x-envoy-answered", "present_match": True}}}  # by requests.lua
+    body = {"text_format_source": {"inline_string": "%LOCAL_REPLY_BODY%"}, "content_type": "application/json"}
+    mappers: list[dict[str, Any]] = [{"filter": is_answered, "body_format_override": body}]
     for status, (kind, message) in ERRORS.items():
         has_status = {
             "status_code_filter": {"comparison": {"op": "EQ", "value": {"default_value": status, "runtime_key": f"status_{status}"}}}

@@ -10,13 +10,18 @@ local IDENTITIES = {["7bit"] = true, ["8bit"] = true, ["binary"] = true}
 
 -- Replies: in the API's form, on the routes of the Open Inference Protocol in that protocol's.
 
+local function respond(handle, headers, body)
+  handle:headers():replace("x-envoy-answered", "true") -- so that the proxy leaves this body as it is
+  handle:respond(headers, body)
+end
+
 local function refuse(handle, status, kind, message)
   local inner = string.format('"code": %d, "type": "%s"', status, kind)
   local body = string.format('{"error": {%s, "message": "%s"}}', inner, message)
   if handle:headers():get(":path"):find("/v2/", 1, true) == 1 then
     body = string.format('{"error": "%s", %s}', message, inner)
   end
-  handle:respond({[":status"] = tostring(status), ["content-type"] = "application/json"}, body)
+  respond(handle, {[":status"] = tostring(status), ["content-type"] = "application/json"}, body)
 end
 
 local NOT_PERMITTED = "Token Authorization failed. Token either incorrect, expired, or not provided correctly"
@@ -24,13 +29,10 @@ local NOT_PERMITTED = "Token Authorization failed. Token either incorrect, expir
 -- As TorchServe itself refuses a token, so that a client sees no difference.
 local function refuse_token(handle)
   if (handle:headers():get("content-type") or ""):find("application/grpc", 1, true) == 1 then
-    handle:respond(
-      {[":status"] = "200", ["content-type"] = "application/grpc", ["grpc-status"] = "7", ["grpc-message"] = NOT_PERMITTED}
-    )
-    return
+    return respond(handle, {[":status"] = "403"}, NOT_PERMITTED) -- which the proxy turns into gRPC's PERMISSION_DENIED
   end
   local body = string.format('{\n  "code": 400,\n  "type": "InvalidKeyException",\n  "message": "%s"\n}\n', NOT_PERMITTED)
-  handle:respond({[":status"] = "400", ["content-type"] = "application/json"}, body)
+  respond(handle, {[":status"] = "400", ["content-type"] = "application/json"}, body)
 end
 
 -- The token: read anew for each request, as the API key renews it. The file is TorchServe's key_file.json, or holds a token alone.
@@ -183,7 +185,7 @@ local function read_body(handle)
   return body, body:getBytes(0, body:length())
 end
 
-function envoy_on_request(handle)
+local function check(handle)
   local headers = handle:headers()
   if KEY_FILE and not is_permitted(headers:get("authorization")) then
     return refuse_token(handle)
@@ -191,28 +193,25 @@ function envoy_on_request(handle)
   if (tonumber(headers:get("content-length") or "0") or 0) > MAX_BODY_BYTES then
     return refuse(handle, 413, "RequestTooLarge", string.format("expected at most %d bytes in a body, got more", MAX_BODY_BYTES))
   end
-  local content_type = headers:get("content-type")
-  if not content_type then
-    return
-  end
+  local content_type = headers:get("content-type") or ""
   local media_type = content_type:lower():match("^[ \t]*([^;%s]*)")
   if media_type == FORM then
     local body, bytes = read_body(handle)
     local form = strip_line_breaks(bytes)
     if not is_form(form) then
-      headers:replace("content-type", RAW)
-    else
-      local mistake = find_mistake_in_form(form)
-      if mistake then
-        return refuse(handle, 400, "InvalidRequest", mistake)
-      end
-      headers:replace("content-type", FORM)
-      body:setBytes(form)
+      handle:headers():replace("content-type", RAW)
+      return
     end
-  elseif media_type:find("multipart/", 1, true) == 1 then
+    local mistake = find_mistake_in_form(form)
+    if mistake then
+      return refuse(handle, 400, "InvalidRequest", mistake)
+    end
+    handle:headers():replace("content-type", FORM)
+    body:setBytes(form)
+  elseif media_type:find("multipart", 1, true) or media_type:find("form-urlencoded", 1, true) then
     local boundary = media_type == "multipart/form-data" and read_boundary(content_type)
     if not boundary then
-      headers:replace("content-type", RAW) -- as TorchServe does; the handler says what is wrong
+      headers:replace("content-type", RAW) -- no form; the handler says what is wrong
       return
     end
     local body, bytes = read_body(handle)
@@ -220,13 +219,18 @@ function envoy_on_request(handle)
     if not form then
       return refuse(handle, 400, "InvalidRequest", mistake)
     end
-    headers:replace("content-type", 'multipart/form-data; boundary="' .. boundary .. '"')
+    handle:headers():replace("content-type", 'multipart/form-data; boundary="' .. boundary .. '"')
     body:setBytes(form)
     if #bytes > LARGE_BYTES then
       bytes, form = nil, nil
       collectgarbage()
     end
-  elseif media_type:find("form-urlencoded", 1, true) or media_type:find("multipart", 1, true) then
-    headers:replace("content-type", RAW) -- TorchServe looks for parts of these names
+  end
+end
+
+-- The proxy passes on what a script fails at. This one refuses it.
+function envoy_on_request(handle)
+  if not pcall(check, handle) then
+    refuse(handle, 500, "ProxyError", "the request could not be checked")
   end
 end
