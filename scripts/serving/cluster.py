@@ -33,23 +33,15 @@ class Cluster:
     drain_delay_s: float = 10.0
     drain_timeout_s: float = 30.0
 
-    def properties(self, inference_port: int, metrics_port: int, *, is_hardened: bool) -> Mapping[str, str | None]:
-        """List what differs from config-hardened.properties: keys and their values, None for a line that goes.
+    def properties(self, metrics_port: int, *, is_hardened: bool) -> Mapping[str, str]:
+        """List what differs from config-hardened.properties: keys and their values.
 
         Args:
-            inference_port: TCP port of the inference API.
             metrics_port: TCP port of the metrics.
-            is_hardened: whether TLS and tokens stay.
+            is_hardened: whether tokens stay.
         """
-        reachable: dict[str, str | None] = {"metrics_address": f"http://{EVERY_ADDRESS}:{metrics_port}"}
-        if is_hardened:
-            return reachable
-        return reachable | {
-            "inference_address": f"http://{EVERY_ADDRESS}:{inference_port}",
-            "disable_token_authorization": "true",
-            "certificate_file": None,
-            "private_key_file": None,
-        }
+        reachable = {"metrics_address": f"http://{EVERY_ADDRESS}:{metrics_port}"}
+        return reachable if is_hardened else reachable | {"disable_token_authorization": "true"}
 
 
 def mark_draining(log_dir: Path, *, draining: bool) -> None:

@@ -13,30 +13,28 @@ from scripts.packaging.package import read_archive, write_archive
 from scripts.paths import GPU_MODEL_CONFIG, MODEL_CONFIG, ROOT
 from scripts.serving.settings import LOOPBACK, Settings
 
+INFERENCE_SOCKET = "inference.sock"  # in a server's temporary folder, which only its own user enters
+
 
 def configure(settings: Settings, java_logging: Path) -> str:
     """Write the text of config.properties for one server.
 
     Args:
-        settings: name the file that the text starts from; its addresses, and the certificate of a hardened server, are replaced.
+        settings: name the file that the text starts from; its addresses are replaced.
         java_logging: Java's own logging.properties.
     """
-    ports, hardening = settings.ports, settings.hardening
-    changes: dict[str, str | None] = {
+    ports = settings.ports
+    changes = {
         "inference_address": f"http://{LOOPBACK}:{ports.inference}",
         "management_address": f"http://{LOOPBACK}:{ports.management}",
         "metrics_address": f"http://{LOOPBACK}:{ports.metrics}",
         "grpc_inference_port": str(ports.grpc_inference),
         "grpc_management_port": str(ports.grpc_management),
     }
-    if hardening is not None:
-        changes |= {
-            "inference_address": f"https://{hardening.inference_host}:{ports.inference}",
-            "certificate_file": str(hardening.certificate.resolve()),
-            "private_key_file": str(hardening.private_key.resolve()),
-        }
+    if settings.is_fronted:
+        changes["inference_address"] = f"unix:{java_logging.parent / INFERENCE_SOCKET}"
     if settings.cluster is not None:
-        changes |= settings.cluster.properties(ports.inference, ports.metrics, is_hardened=hardening is not None)
+        changes |= settings.cluster.properties(ports.metrics, is_hardened=settings.hardening is not None)
     properties = settings.configuration.read_text()
     changes["vmargs"] = f"{find_property(properties, 'vmargs') or ''} -Djava.util.logging.config.file={java_logging}".strip()
     metrics_config = find_property(properties, "metrics_config")
@@ -53,10 +51,10 @@ def find_property(properties: str, name: str) -> str | None:
     return found[1].strip() if found else None
 
 
-def write_property(properties: str, name: str, value: str | None) -> str:
-    """Replace the line of a key in the text of config.properties, or add it; None removes it."""
+def write_property(properties: str, name: str, value: str) -> str:
+    """Replace the line of a key in the text of config.properties, or add it."""
     kept = [line for line in properties.splitlines() if not line.startswith(f"{name}=")]
-    return "\n".join([*kept, *([] if value is None else [f"{name}={value}"]), ""])
+    return "\n".join([*kept, f"{name}={value}", ""])
 
 
 def stock_model_store(store: Path, settings: Settings, archive: bytes, unpacked: Path) -> int:

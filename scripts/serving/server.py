@@ -30,6 +30,8 @@ from scripts.serving.configuration import configure, stock_model_store
 from scripts.serving.credentials import CredentialsError, authorization, read_token
 from scripts.serving.hardened import HardeningError, prepare_key_dir, require_hardening, require_own_certificate, verify_checksum
 from scripts.serving.java import find_java_home
+from scripts.serving.proxy.front import make_front
+from scripts.serving.proxy.process import Envoy, ProxyError
 from scripts.serving.ready import NotReady, read_reference_answer, require_right_answers
 from scripts.serving.settings import CONSOLE_FILE, LOOPBACK, ServeError, Settings
 
@@ -66,6 +68,7 @@ class TorchServe:
         self._interrupted = interrupted or threading.Event()
         self._launcher: subprocess.Popen[bytes] | None = None
         self._folder: Path | None = None
+        self._front: Envoy | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -82,7 +85,11 @@ class TorchServe:
         self.stop()
 
     def has_ended(self) -> bool:
-        """Tell whether TorchServe ended by itself."""
+        """Tell whether TorchServe, or its front, ended by itself."""
+        if self._front is not None:
+            self._front.rotate_log()
+            if self._front.has_ended():
+                return True
         return self._launcher is not None and self._launcher.poll() is not None
 
     def processes(self) -> list[psutil.Process]:
@@ -92,13 +99,17 @@ class TorchServe:
         return [process for process in psutil.process_iter() if _belongs_to(process, self._launcher.pid)]
 
     def log_tail(self) -> str:
-        """Read the last lines that TorchServe printed, its workers' lines among them."""
+        """Read the last lines that TorchServe printed, or its front, where that has ended."""
+        if self._front is not None and self._front.has_ended():
+            return self._front.log_tail()
         console = self.settings.log_dir / CONSOLE_FILE
         lines = console.read_text(errors="replace").splitlines() if console.is_file() else []
         return "\n".join(lines[-LOG_TAIL_LINES:])
 
     def stop(self) -> None:
         """End the JVM in the orderly way, wait for all processes, kill those that do not end, remove the temp files."""
+        if self._front is not None:
+            self._front.stop()
         if self._launcher is not None:
             self._end_processes(self._launcher)
         if self._folder is not None:
@@ -130,6 +141,12 @@ class TorchServe:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C in the terminal reaches this program alone, and all of the server is one group
             )
+        if self.settings.is_fronted:
+            self._front = make_front(self.settings, self._folder)
+            try:
+                self._front.start()
+            except ProxyError as error:
+                raise ServeError(str(error)) from error
 
     def _require_startable(self) -> bytes:
         """Check all that can be checked before anything starts, and make the folder of a hardened server's tokens.
@@ -212,6 +229,8 @@ class TorchServe:
         """Wait until nothing has been done for a while: TorchServe drops what it has not answered when it is told to end."""
         cluster = self.settings.cluster
         deadline = time.monotonic() + (DRAIN_TIMEOUT_S if cluster is None else cluster.drain_timeout_s)
+        while self._front is not None and self._front.requests_in_flight() and time.monotonic() < deadline:
+            time.sleep(IDLE_S)
         before, now = None, self._activity()
         while now and now != before and time.monotonic() < deadline:
             time.sleep(IDLE_S)

@@ -88,6 +88,11 @@ class Settings:
         return EVERY_ADDRESS if self.cluster is not None else LOOPBACK
 
     @property
+    def is_fronted(self) -> bool:
+        """Whether a proxy takes the requests, and TorchServe a Unix socket that only the proxy reaches."""
+        return self.hardening is not None or self.cluster is not None
+
+    @property
     def metrics_host(self) -> str:
         """The IPv4 address or name that metrics are served at."""
         return EVERY_ADDRESS if self.cluster is not None else LOOPBACK

@@ -152,9 +152,6 @@ def test_hardened_configuration_differs_from_the_development_one_only_in_what_it
     assert hardened["vmargs"].startswith(development["vmargs"])
     del changed["vmargs"]
     assert changed == {
-        "inference_address": ("http://127.0.0.1:8080", "https://127.0.0.1:8080"),
-        "certificate_file": (None, "certificate.pem"),
-        "private_key_file": (None, "private-key.pem"),
         "disable_token_authorization": ("true", "false"),
         "token_expiration_min": (None, "43200"),
         "allowed_urls": ("file://.*", "(?!)"),
@@ -163,7 +160,7 @@ def test_hardened_configuration_differs_from_the_development_one_only_in_what_it
     assert hardened["enable_model_api"] == hardened["install_py_dep_per_model"] == hardened["enable_envvars_config"] == "false"
 
 
-def test_only_inference_leaves_loopback(tmp_path: Path) -> None:
+def test_torchserve_itself_stays_on_this_machine(tmp_path: Path) -> None:
     hardening = Hardening(tmp_path / "certificate.pem", tmp_path / "private-key.pem", inference_host="0.0.0.0")
     settings = Settings(
         ports=Ports(1, 2, 3, 4, 5), configuration=SERVE_CONFIG / "config-hardened.properties", hardening=hardening
@@ -171,7 +168,7 @@ def test_only_inference_leaves_loopback(tmp_path: Path) -> None:
     properties = properties_of(configure(settings, tmp_path / "logging.properties"))
     addresses = {key: value for key, value in properties.items() if key.endswith(("_address", "_port"))}
     assert addresses == {
-        "inference_address": "https://0.0.0.0:1",
+        "inference_address": f"unix:{tmp_path}/inference.sock",
         "management_address": "http://127.0.0.1:2",
         "metrics_address": "http://127.0.0.1:3",
         "grpc_inference_address": "127.0.0.1",
@@ -179,7 +176,6 @@ def test_only_inference_leaves_loopback(tmp_path: Path) -> None:
         "grpc_inference_port": "4",
         "grpc_management_port": "5",
     }
-    assert properties["private_key_file"] == str(tmp_path / "private-key.pem")
     assert properties["vmargs"].endswith(f" -Djava.util.logging.config.file={tmp_path}/logging.properties")
 
 

@@ -1,13 +1,14 @@
 """An archive and settings -> the configuration of Envoy, a maintained proxy, as the front that others reach.
 
 Envoy takes each request apart and writes it anew: TorchServe's frontend (Netty of 2020) never sees the bytes of a client's
-connection, only well-formed requests of the API's routes with whole bodies. What Envoy cannot do by itself (tokens, forms, "Worker
-died.") stands in two Lua files beside this one. Knows nothing of processes: `process.py` runs Envoy. Written for Envoy 1.40, see
-https://www.envoyproxy.io/docs/envoy/v1.40.0/.
+connection, only well-formed requests of the API's routes with whole bodies. What Envoy cannot do by itself (tokens, forms,
+"Worker died." among 500s) stands in two Lua files beside this one. Knows nothing of processes: `process.py` runs Envoy. Written for Envoy
+1.40, see https://www.envoyproxy.io/docs/envoy/v1.40.0/.
 """
 
 import json
 import socket
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,7 @@ def write_configuration(front: Front) -> str:
 class _Dumper(yaml.SafeDumper):
     """Writes texts of several lines as they are, and nothing as a reference to something above."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
@@ -153,7 +154,7 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _typed(name: str, message: str, **fields: Any) -> dict[str, Any]:
+def _typed(name: str, message: str, **fields: object) -> dict[str, Any]:
     """One of Envoy's extensions: its name, the type of its settings, and these."""
     return {"name": name, "typed_config": {"@type": f"type.googleapis.com/{message}", **fields}}
 
@@ -166,7 +167,14 @@ def _seconds(seconds: float) -> str:
 
 
 def _listener(front: Front) -> dict[str, Any]:
-    chain: dict[str, Any] = {"filters": [_connection_manager(front)], "transport_socket_connect_timeout": _seconds(HEADER_TIMEOUT_S)}
+    timeout = _seconds(HEADER_TIMEOUT_S)
+    chain: dict[str, Any] = {"filters": [_connection_manager(front)], "transport_socket_connect_timeout": timeout}
+    listener: dict[str, Any] = {
+        "name": "front",
+        "address": front.listen.write(),
+        "per_connection_buffer_limit_bytes": 64 * 1024,  # of what waits in a connection; a body is kept by its request
+        "filter_chains": [chain],
+    }
     if front.certificate is not None:
         certificate = {
             "certificate_chain": {"filename": str(front.certificate)},
@@ -180,14 +188,40 @@ def _listener(front: Front) -> dict[str, Any]:
         chain["transport_socket"] = _typed(
             "envoy.transport_sockets.tls",
             "envoy.extensions.transport_sockets.tls.v3.DownstreamTlsContext",
-            common_tls_context={"tls_params": parameters, "tls_certificates": [certificate], "alpn_protocols": ["h2", "http/1.1"]},
+            common_tls_context={
+                "tls_params": parameters,
+                "tls_certificates": [certificate],
+                "alpn_protocols": ["h2", "http/1.1"],
+            },
         )
-    return {
-        "name": "front",
-        "address": front.listen.write(),
-        "per_connection_buffer_limit_bytes": 64 * 1024,  # of what waits in a connection; a body is kept by its request
-        "filter_chains": [chain],
-    }
+        chain["filter_chain_match"] = {"transport_protocol": "tls"}
+        in_plain = {"filter_chain_match": {"transport_protocol": "raw_buffer"}, "filters": [_refuser_of_plain_http()]}
+        listener["filter_chains"].append(in_plain)
+        listener["listener_filters"] = [
+            _typed(
+                "envoy.filters.listener.tls_inspector",
+                "envoy.extensions.filters.listener.tls_inspector.v3.TlsInspector",
+            )
+        ]
+        listener["listener_filters_timeout"] = timeout
+    return listener
+
+
+def _refuser_of_plain_http() -> dict[str, Any]:
+    """Tell a client of plain HTTP what is wrong, without reading more than the head of its request."""
+    message = '{"error": {"code": 403, "type": "NotPermitted", "message": "this port only accepts HTTPS"}}'
+    route = {"match": {"prefix": "/"}, "direct_response": {"status": 403, "body": {"inline_string": message}}}
+    return _typed(
+        "envoy.filters.network.http_connection_manager",
+        "envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
+        stat_prefix="plain",
+        codec_type="HTTP1",
+        request_headers_timeout=_seconds(HEADER_TIMEOUT_S),
+        common_http_protocol_options={"idle_timeout": _seconds(HEADER_TIMEOUT_S)},
+        max_request_headers_kb=MAX_HEADER_KIB,
+        http_filters=[_typed("envoy.filters.http.router", "envoy.extensions.filters.http.router.v3.Router")],
+        route_config={"virtual_hosts": [{"name": "plain", "domains": ["*"], "routes": [route]}]},
+    )
 
 
 def _connection_manager(front: Front) -> dict[str, Any]:
@@ -276,7 +310,11 @@ def _filters(front: Front) -> list[dict[str, Any]]:
                 "envoy.filters.http.local_ratelimit",
                 "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
                 stat_prefix="rate",
-                token_bucket={"max_tokens": 2**31, "tokens_per_fill": 2**31, "fill_interval": "1s"},  # of all together: any number
+                token_bucket={
+                    "max_tokens": 2**31,
+                    "tokens_per_fill": 2**31,
+                    "fill_interval": "1s",
+                },  # of all together: any number
                 filter_enabled=everything | {"runtime_key": "rate_enabled"},
                 filter_enforced=everything | {"runtime_key": "rate_enforced"},
                 rate_limits=[{"actions": [{"remote_address": {}}]}],
@@ -309,9 +347,10 @@ def _lua(file: str, constants: Mapping[str, str | int | None]) -> dict[str, Any]
 
 
 def _write_lua(value: str | int | None) -> str:
-    """Write a constant of Lua: each byte of a text by its number, so that no character has a meaning."""
+    """Write a constant of Lua; of a text every unusual byte by its number, so that none has a meaning."""
     if isinstance(value, str):
-        return '"' + "".join(chr(byte) if chr(byte).isalnum() and byte < 128 or byte in b"/._-" else f"\\{byte:03d}" for byte in value.encode()) + '"'
+        usual = (string.ascii_letters + string.digits + "/._-").encode()
+        return '"' + "".join(chr(byte) if byte in usual else f"\\{byte:03d}" for byte in value.encode()) + '"'
     return "nil" if value is None else str(value)
 
 
@@ -389,7 +428,9 @@ def _local_replies() -> dict[str, Any]:
     mappers: list[dict[str, Any]] = [{"filter": is_answered, "body_format_override": body}]
     for status, (kind, message) in ERRORS.items():
         has_status = {
-            "status_code_filter": {"comparison": {"op": "EQ", "value": {"default_value": status, "runtime_key": f"status_{status}"}}}
+            "status_code_filter": {
+                "comparison": {"op": "EQ", "value": {"default_value": status, "runtime_key": f"status_{status}"}}
+            }
         }
         is_v2 = {"header_filter": {"header": {"name": ":path", "string_match": {"prefix": "/v2/"}}}}
         plain = {"error": {"code": status, "type": kind, "message": message}}
@@ -415,9 +456,7 @@ def _clusters(front: Front) -> list[dict[str, Any]]:
             "common_http_protocol_options": {"max_requests_per_connection": 1},
             "http_filters": [
                 _lua("replies.lua", {}),
-                _typed(
-                    "envoy.filters.http.upstream_codec", "envoy.extensions.filters.http.upstream_codec.v3.UpstreamCodec"
-                ),
+                _typed("envoy.filters.http.upstream_codec", "envoy.extensions.filters.http.upstream_codec.v3.UpstreamCodec"),
             ],
         }
     }

@@ -1,8 +1,6 @@
 """Envoy as a process of its own, from its start to its end. Knows nothing of TorchServe."""
 
 import contextlib
-import os
-import shutil
 import signal
 import socket
 import subprocess
