@@ -1,9 +1,9 @@
 """An archive and settings -> the configuration of Envoy, a maintained proxy, as the front that others reach.
 
 Envoy takes each request apart and writes it anew: TorchServe's frontend (Netty of 2020) never sees the bytes of a client's
-connection, only well-formed requests of the API's routes with whole bodies. What Envoy cannot do by itself (tokens, forms,
-"Worker died." among 500s) stands in two Lua files beside this one. Knows nothing of processes: `process.py` runs Envoy. Written for Envoy
-1.40, see https://www.envoyproxy.io/docs/envoy/v1.40.0/.
+connection, only well-formed requests of the API's routes with whole bodies. What Envoy cannot do by itself stands in two Lua
+files beside this one: tokens and forms, and "Worker died." among the 500s. Knows nothing of processes: `process.py` runs Envoy.
+Written for Envoy 1.40, see https://www.envoyproxy.io/docs/envoy/v1.40.0/.
 """
 
 import json
