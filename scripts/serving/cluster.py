@@ -5,6 +5,7 @@ loaded or fetched. Nobody is asked for a token: the cluster's network says who m
 tokens back. Knows nothing of how the server is started: `server.py` does that.
 """
 
+import contextlib
 import sys
 import threading
 from collections.abc import Mapping
@@ -47,10 +48,11 @@ class Cluster:
 def mark_draining(log_dir: Path, *, draining: bool) -> None:
     """Write or remove the file that tells the readiness probe (`ready.py --log-dir`) that this server takes its leave."""
     marker = log_dir / DRAINING_FILE
-    if draining:
-        marker.touch()
-    else:
-        marker.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a full disk does not keep a server from ending, nor a missing folder from starting
+        if draining:
+            marker.touch()
+        else:
+            marker.unlink()
 
 
 class ConsoleFollower:
@@ -61,6 +63,7 @@ class ConsoleFollower:
 
     def __init__(self, console: Path) -> None:
         self._console = console
+        self._start = console.stat().st_size if console.is_file() else 0  # it holds what former starts printed
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="console", daemon=True)
 
@@ -73,7 +76,7 @@ class ConsoleFollower:
         self._thread.join()
 
     def _follow(self) -> None:
-        position, is_last = 0, False
+        position, is_last = self._start, False
         while not is_last:
             is_last = self._ended.wait(FOLLOW_POLL_S)
             try:

@@ -16,12 +16,13 @@ from scripts.serving.settings import LOOPBACK, Settings
 INFERENCE_SOCKET = "inference.sock"  # in a server's temporary folder, which only its own user enters
 
 
-def configure(settings: Settings, java_logging: Path) -> str:
-    """Write the text of config.properties for one server.
+def configure(settings: Settings, folder: Path) -> str:
+    """Write the text of config.properties for one server, without the JVM's arguments.
 
     Args:
         settings: name the file that the text starts from; its addresses are replaced.
-        java_logging: Java's own logging.properties.
+        folder: gets links to the files that the text names. TorchServe reads backslashes, dollar signs and letters beyond Latin-1
+            in a value as something else, and the folder's own name has none.
     """
     ports = settings.ports
     changes = {
@@ -32,17 +33,22 @@ def configure(settings: Settings, java_logging: Path) -> str:
         "grpc_management_port": str(ports.grpc_management),
     }
     if settings.is_fronted:
-        changes["inference_address"] = f"unix:{java_logging.parent / INFERENCE_SOCKET}"
+        changes["inference_address"] = f"unix:{folder / INFERENCE_SOCKET}"
     if settings.cluster is not None:
         changes |= settings.cluster.properties(ports.metrics, is_hardened=settings.hardening is not None)
     properties = settings.configuration.read_text()
-    changes["vmargs"] = f"{find_property(properties, 'vmargs') or ''} -Djava.util.logging.config.file={java_logging}".strip()
     metrics_config = find_property(properties, "metrics_config")
-    if metrics_config is not None:
-        changes["metrics_config"] = str(ROOT / metrics_config)  # TorchServe does not run in the root
+    if metrics_config is not None:  # its path starts in the project's root, and TorchServe does not run there
+        changes["metrics_config"] = str(link(folder / "metrics.yaml", ROOT / metrics_config))
     for name, value in changes.items():
         properties = write_property(properties, name, value)
     return properties
+
+
+def link(here: Path, target: Path) -> Path:
+    """Make a file or folder known under another name; returns that name."""
+    here.symlink_to(target.resolve())
+    return here
 
 
 def find_property(properties: str, name: str) -> str | None:
@@ -80,7 +86,7 @@ def stock_model_store(store: Path, settings: Settings, archive: bytes, unpacked:
         config = yaml.safe_load(entries[MODEL_CONFIG.name]) | {"deviceType": "cpu"}
     config |= settings.model_config
     entries[MODEL_CONFIG.name] = yaml.safe_dump(config).encode()
-    write_archive(store / settings.archive.name, entries)
+    write_archive(store / f"{settings.archive.stem}.mar", entries)
     return int(config["minWorkers"])
 
 

@@ -152,10 +152,17 @@ def prepare_key_dir(key_dir: Path) -> None:
     """Make the folder of the tokens, for this user alone, and remove the tokens of an earlier start.
 
     Raises:
-        HardeningError: it belongs to someone else.
+        HardeningError: it belongs to someone else, or cannot be written.
     """
-    key_dir.mkdir(parents=True, exist_ok=True)
-    if key_dir.stat().st_uid != os.geteuid():
-        raise HardeningError(f"{key_dir} belongs to another user; choose another folder with --key-dir")
-    key_dir.chmod(0o700)
-    (key_dir / KEY_FILE).unlink(missing_ok=True)
+    advice = "choose another folder with --key-dir"
+    try:
+        key_dir.mkdir(parents=True, exist_ok=True)
+        if key_dir.stat().st_uid != os.geteuid():
+            raise HardeningError(f"{key_dir} belongs to another user; {advice}")
+        key_dir.chmod(0o700)
+        key_file = key_dir / KEY_FILE
+        key_file.unlink(missing_ok=True)
+        key_file.touch(mode=0o600)  # TorchServe would go on without tokens that anyone knows
+        key_file.unlink()
+    except OSError as error:
+        raise HardeningError(f"cannot write tokens into {key_dir} ({error.strerror}); {advice}") from error

@@ -17,15 +17,16 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TextIO
 
 from scripts.command_line import HelpFormatter
-from scripts.paths import CONFIGURATION, HARDENED_CONFIGURATION, SAMPLE_IMAGE
+from scripts.paths import BUILD, CONFIGURATION, HARDENED_CONFIGURATION, SAMPLE_IMAGE
 from scripts.serving.cluster import EVERY_ADDRESS, Cluster, ConsoleFollower, mark_draining
 from scripts.serving.configuration import find_property, read_model_config, write_property
 from scripts.serving.hardened import Hardening
 from scripts.serving.java import find_java_home
 from scripts.serving.server import READY_TIMEOUT_S, TorchServe
-from scripts.serving.settings import CONSOLE_FILE, Ports, ServeError, Settings
+from scripts.serving.settings import CONSOLE_FILE, MAX_PORT, Ports, ServeError, Settings, option_of
 
 __all__ = [
     "READY_TIMEOUT_S",
@@ -58,8 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--archive", type=Path, default=defaults.archive, help="the archive; its stem is the model's name")
     for name in Ports.__dataclass_fields__:
         what = name.replace("_", " ").replace("grpc", "gRPC")
-        option = f"--{name.replace('_', '-')}-port"
-        parser.add_argument(option, type=int, default=getattr(defaults.ports, name), metavar="PORT", help=f"TCP port of {what}")
+        option = option_of(name)
+        parser.add_argument(option, type=_port, default=getattr(defaults.ports, name), metavar="PORT", help=f"TCP port of {what}")
     parser.add_argument("--workers", type=int, metavar="N", help=f"worker processes{as_configured}")
     parser.add_argument("--device", choices=("auto", "cpu", "gpu"), default=defaults.device, help="auto: a GPU if there is one")
     parser.add_argument("--batch-size", type=int, metavar="N", help=f"most requests that share one forward pass{as_configured}")
@@ -74,7 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="log4j's configuration; serve_config/log4j2-json.xml writes JSON",
     )
     parser.add_argument(
-        "--log-dir", type=Path, metavar="FOLDER", default=defaults.log_dir, help="folder for logs, emptied at the start"
+        "--log-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="folder for logs, which are appended to, of this server alone; default: build/logs/PORT, the port of inference",
     )
     parser.add_argument(
         "--archive-sha256",
@@ -82,9 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="the archive's expected SHA-256; default: the one in ARCHIVE.sha256",
     )
     hardened = parser.add_argument_group("a server that others can reach", "needs --hardened, --certificate and --private-key")
-    hardened.add_argument(
-        "--hardened", action="store_true", help="TLS, tokens, a checked archive, least privileges; logs are kept"
-    )
+    hardened.add_argument("--hardened", action="store_true", help="TLS, tokens, a checked archive, least privileges")
     hardened.add_argument(
         "--certificate", type=Path, metavar="PEM", help="the server's certificate; intermediate certificates may follow in it"
     )
@@ -112,6 +114,13 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"seconds after SIGTERM in which requests are still taken; default: {Cluster().drain_delay_s:g}",
     )
     return parser
+
+
+def _port(text: str) -> int:
+    """Read a TCP port of the command line."""
+    if not (text.isdecimal() and 0 < int(text) <= MAX_PORT):
+        raise argparse.ArgumentTypeError(f"expected a port from 1 to {MAX_PORT}, got {text!r}")
+    return int(text)
 
 
 def read_hardening(arguments: argparse.Namespace) -> Hardening | None:
@@ -168,7 +177,7 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         archive=arguments.archive,
         ports=Ports(**{name: getattr(arguments, f"{name}_port") for name in Ports.__dataclass_fields__}),
         device=arguments.device,
-        log_dir=arguments.log_dir,
+        log_dir=arguments.log_dir or BUILD / "logs" / str(arguments.inference_port),
         log_configuration=arguments.log_config,
         model_config={key: value for key, value in model_config.items() if value is not None},
         configuration=CONFIGURATION if hardening is None and cluster is None else HARDENED_CONFIGURATION,
@@ -203,7 +212,7 @@ def _console_of(settings: Settings) -> contextlib.AbstractContextManager[object]
 
 def drain(settings: Settings, cluster: Cluster) -> None:
     """Tell the readiness probe that this server takes its leave, and go on serving until load balancers have noticed."""
-    print(f"draining: requests are taken for {cluster.drain_delay_s:g} s more ...", file=sys.stderr)
+    say(f"draining: requests are taken for {cluster.drain_delay_s:g} s more ...", sys.stderr)
     mark_draining(settings.log_dir, draining=True)
     time.sleep(cluster.drain_delay_s)
 
@@ -218,18 +227,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = read_settings(arguments)
         if settings.cluster is not None:
             mark_draining(settings.log_dir, draining=False)  # what a killed predecessor left
-        print(f"starting TorchServe, logs in {settings.log_dir} ...", file=sys.stderr)
+        say(f"starting TorchServe, logs in {settings.log_dir} ...", sys.stderr)
         with _console_of(settings), TorchServe(settings, interrupted) as server:
-            print(f"{server.worker_count} workers ready at {server.address} (Ctrl-C ends them). Try:\n")
-            print(f"{suggest_commands(server)}\n", flush=True)
+            say(f"{server.worker_count} workers ready at {server.address} (Ctrl-C ends them). Try:\n")
+            say(f"{suggest_commands(server)}\n")
             while not interrupted.wait(1):
                 if server.has_ended():
-                    print(f"TorchServe ended by itself:\n{server.log_tail()}", file=sys.stderr)
+                    say(f"error: TorchServe ended by itself:\n{server.log_tail()}", sys.stderr)
                     return 1
             if settings.cluster is not None:
                 drain(settings, settings.cluster)
-            print("stopping ...", file=sys.stderr)
+            say("stopping ...", sys.stderr)
     except ServeError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return 0 if interrupted.is_set() else 1
     return 0
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print for the one who started the server. Nobody may be there any more, or the terminal may not know the letters."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "ascii"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream, flush=True)
+    except OSError:  # a pipe that nobody reads, a full disk
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

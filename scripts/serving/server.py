@@ -5,44 +5,44 @@ what is wrong where they cannot, and it leaves no process and no temp file behin
 """
 
 import contextlib
+import importlib.util
 import os
+import re
 import resource
-import shutil
-import signal
 import ssl
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import zipfile
 import zlib
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 import psutil
 import requests
 
 from handler.runtime.archive import ArchiveError
 from scripts.paths import JAVA_LOGGING
-from scripts.serving.configuration import configure, stock_model_store
+from scripts.serving.child import Child
+from scripts.serving.configuration import configure, find_property, link, stock_model_store
 from scripts.serving.credentials import CredentialsError, authorization, read_token
 from scripts.serving.hardened import HardeningError, prepare_key_dir, require_hardening, require_own_certificate, verify_checksum
-from scripts.serving.java import find_java_home
+from scripts.serving.java import java_command
 from scripts.serving.proxy.front import make_front
 from scripts.serving.proxy.process import Envoy, ProxyError
 from scripts.serving.ready import NotReady, read_reference_answer, require_right_answers
-from scripts.serving.settings import CONSOLE_FILE, LOOPBACK, ServeError, Settings
+from scripts.serving.settings import CONSOLE_FILE, LOOPBACK, ServeError, Settings, option_of
+from scripts.serving.surroundings import clean_environment, log_folder, require_resources, temporary_folder
 
 READY_TIMEOUT_S = 180
 READY_POLL_S = 0.25
 FIRST_ANSWER_TIMEOUT_S = 60  # a GPU's first image takes long
 IDLE_S = 0.3  # a server that did nothing for so long has answered all that was asked of it
-DRAIN_TIMEOUT_S = 10  # for requests in flight, and for those that still come in; with the next one less than Kubernetes' 30
-STOP_TIMEOUT_S = 15  # for TorchServe's own end; what is left then is killed
-LOG_TAIL_LINES = 40
+DRAIN_TIMEOUT_S = 10  # for requests in flight, and for those that still come in; with a child's end less than Kubernetes' 30
+MODEL_NAME = re.compile(r"[\w.-]+", re.ASCII)  # it stands in URLs, unescaped
 WORKER_DIED = "Backend worker process died."  # TorchServe's words; it would start the worker again, for minutes
+NOT_BOUND = re.compile(r"Failed to bind to address: \S*?(\d+)$|Failed to bind to address \S*?:(\d+)$", re.MULTILINE)
 
 
 class TorchServe:
@@ -66,15 +66,18 @@ class TorchServe:
         self.management_address = f"http://{LOOPBACK}:{settings.ports.management}"
         self.worker_count = 0
         self._interrupted = interrupted or threading.Event()
-        self._launcher: subprocess.Popen[bytes] | None = None
-        self._folder: Path | None = None
+        self._child: Child | None = None
         self._front: Envoy | None = None
+        self._folders = contextlib.ExitStack()  # of temporary files, of logs
 
     def __enter__(self) -> Self:
         try:
             self._start()
             self._wait_until_ready()
             self._require_reference_answer()
+        except (OSError, UnicodeError) as error:  # of files and folders that were there a moment ago, or have impossible names
+            self.stop()
+            raise ServeError(f"cannot start: {error}") from error
         except BaseException:
             self.stop()
             raise
@@ -90,59 +93,51 @@ class TorchServe:
             self._front.rotate_log()
             if self._front.has_ended():
                 return True
-        return self._launcher is not None and self._launcher.poll() is not None
+        return self._child is not None and self._child.exit_code() is not None
 
     def processes(self) -> list[psutil.Process]:
-        """List what was started and still runs: launcher, JVM, workers. They share one process group."""
-        if self._launcher is None:
-            return []
-        return [process for process in psutil.process_iter() if _belongs_to(process, self._launcher.pid)]
+        """List what was started and still runs: the guard, the JVM, the workers."""
+        return [] if self._child is None else self._child.processes()
 
     def log_tail(self) -> str:
         """Read the last lines that TorchServe printed, or its front, where that has ended."""
         if self._front is not None and self._front.has_ended():
             return self._front.log_tail()
-        console = self.settings.log_dir / CONSOLE_FILE
-        lines = console.read_text(errors="replace").splitlines() if console.is_file() else []
-        return "\n".join(lines[-LOG_TAIL_LINES:])
+        return "" if self._child is None else self._child.log_tail()
 
     def stop(self) -> None:
         """End the JVM in the orderly way, wait for all processes, kill those that do not end, remove the temp files."""
         if self._front is not None:
             self._front.stop()
-        if self._launcher is not None:
-            self._end_processes(self._launcher)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        if self._launcher is not None and self.settings.hardening is not None:
-            self.settings.hardening.key_file.unlink(missing_ok=True)
+        if self._child is not None:
+            self._child.stop()
+            if self.settings.hardening is not None:
+                self.settings.hardening.key_file.unlink(missing_ok=True)
+        self._folders.close()
 
     def _start(self) -> None:
+        settings, hardening = self.settings, self.settings.hardening
         archive = self._require_startable()
-        self._folder = Path(tempfile.mkdtemp(prefix="serve-"))  # short: Unix sockets in it have at most 107 characters
-        configuration = self._write_configuration(archive, self._folder)
-        hardening = self.settings.hardening
+        java = java_command()
+        folder = self._folders.enter_context(temporary_folder(len(archive)))
+        options = self._write_configuration(archive, folder)
+        require_resources(self.worker_count)
+        self._folders.enter_context(log_folder(settings.log_dir, private=hardening is not None))
         if hardening is not None:
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold requests and keys
-        with _open_console(self.settings) as console:
-            self._launcher = subprocess.Popen(
-                [
-                    *(sys.executable, "-P", "-m", "ts.model_server", "--start", "--foreground", "--ncs"),
-                    *("--model-store", str(self._folder / "store")),
-                    *("--models", f"{self.model_name}={self.settings.archive.name}"),
-                    *("--ts-config", str(configuration)),
-                    *("--log-config", str(self.settings.log_configuration.resolve())),
-                ],
-                cwd=hardening.key_dir if hardening else self._folder,
-                env=_environment(self._folder / "tmp", self.settings.log_dir),
-                umask=0o077 if hardening else -1,
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C in the terminal reaches this program alone, and all of the server is one group
-            )
-        if self.settings.is_fronted:
-            self._front = make_front(self.settings, self._folder)
+        logs = str(link(folder / "logs", settings.log_dir))
+        temp_dir = str(folder / "tmp")
+        self._child = Child(
+            [java, *options],
+            log=settings.log_dir.resolve() / CONSOLE_FILE,
+            folder=hardening.key_dir if hardening else folder,
+            environment=clean_environment(os.environ)
+            | {"TMPDIR": temp_dir, "TEMP": temp_dir, "LOG_LOCATION": logs, "METRICS_LOCATION": logs},
+            umask=0o077 if hardening else -1,
+            remove=[folder, *([hardening.key_file.resolve()] if hardening else [])],
+        )
+        if settings.is_fronted:
+            self._front = make_front(settings, folder)
             try:
                 self._front.start()
             except ProxyError as error:
@@ -159,6 +154,11 @@ class TorchServe:
         settings, hardening = self.settings, self.settings.hardening
         if not settings.archive.is_file():
             raise ServeError(f"there is no archive {settings.archive}; build it with: python -m scripts.packaging")
+        if not MODEL_NAME.fullmatch(self.model_name):
+            raise ServeError(
+                f"the archive's name is the model's, which stands in URLs: expected letters, digits and ._- alone, got "
+                f"{settings.archive}; rename it"
+            )
         try:
             archive = settings.archive.read_bytes()
             verify_checksum(archive, settings.archive, settings.archive_sha256, required=hardening is not None)
@@ -169,19 +169,43 @@ class TorchServe:
                 prepare_key_dir(hardening.key_dir)
         except HardeningError as error:
             raise ServeError(str(error)) from error
+        except OSError as error:
+            raise ServeError(f"cannot read {error.filename or settings.archive}: {error.strerror}") from error
         return archive
 
-    def _write_configuration(self, archive: bytes, folder: Path) -> Path:
-        """Write everything that TorchServe starts from into a folder; returns its config.properties."""
+    def _write_configuration(self, archive: bytes, folder: Path) -> list[str]:
+        """Write everything that TorchServe starts from into a folder.
+
+        Returns:
+            Java's options. TorchServe's own starter is left out: it cuts them at spaces, and would be one more process.
+        """
+        settings = self.settings
         for name in ("store", "tmp", "unpacked"):
             (folder / name).mkdir()
         try:
-            self.worker_count = stock_model_store(folder / "store", self.settings, archive, folder / "unpacked")
-        except (ArchiveError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise ServeError(f"the archive {self.settings.archive} cannot be served: {error}") from error
-        configuration = folder / "config.properties"
-        configuration.write_text(configure(self.settings, Path(shutil.copy(JAVA_LOGGING, folder))))
-        return configuration
+            self.worker_count = stock_model_store(folder / "store", settings, archive, folder / "unpacked")
+            properties = configure(settings, folder)
+            configuration = folder / "config.properties"
+            configuration.write_text(properties)
+        except (ArchiveError, OSError, KeyError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise ServeError(f"the archive {settings.archive} cannot be served: {error}") from error
+        if not settings.log_configuration.is_file():
+            raise ServeError(f"there is no file {settings.log_configuration}, given as --log-config")
+        log_configuration = link(folder / f"log4j2{settings.log_configuration.suffix}", settings.log_configuration)
+        torchserve = importlib.util.find_spec("ts")
+        if torchserve is None or torchserve.origin is None:
+            raise ServeError(f"{sys.executable} has no TorchServe; install requirements.txt, or start .venv/bin/python")
+        home = Path(torchserve.origin).resolve().parents[1]
+        return [
+            f"-Dmodel_server_home={home}",
+            f"-Dlog4j.configurationFile={log_configuration.as_uri()}",
+            f"-Djava.util.logging.config.file={link(folder / JAVA_LOGGING.name, JAVA_LOGGING)}",
+            f"-Djava.io.tmpdir={folder / 'tmp'}",
+            *(find_property(properties, "vmargs") or "").split(),
+            *("-cp", f"{home}/ts/frontend/*", "org.pytorch.serve.ModelServer"),
+            *("--python", sys.executable, "-f", str(configuration), "-ncs"),
+            *("-s", str(folder / "store"), "-m", f"{self.model_name}={self.model_name}.mar"),
+        ]
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + READY_TIMEOUT_S
@@ -189,7 +213,7 @@ class TorchServe:
             if self._interrupted.wait(READY_POLL_S):
                 raise ServeError("interrupted")
             if self.has_ended():
-                raise ServeError(f"TorchServe ended at its start:\n{self.log_tail()}")
+                raise ServeError(self._why_it_ended())
             if WORKER_DIED in self.log_tail():
                 raise ServeError(f"a worker cannot load the archive:\n{self.log_tail()}")
             if time.monotonic() > deadline:
@@ -205,7 +229,9 @@ class TorchServe:
         try:
             token = read_token(hardening.key_file, "management") if hardening else None
             url = f"{self.management_address}/models/{self.model_name}"
-            reply = requests.get(url, headers=authorization(token), timeout=5)
+            with requests.Session() as session:
+                session.trust_env = False  # it is this machine: no proxy of the environment, no password of ~/.netrc
+                reply = session.get(url, headers=authorization(token), timeout=5)
             reply.raise_for_status()
         except (requests.RequestException, CredentialsError):  # not there yet
             return 0
@@ -245,54 +271,12 @@ class TorchServe:
                 found[process.pid] = (process.cpu_times(), process.num_ctx_switches()) if waits else object()
         return found
 
-    def _end_processes(self, launcher: subprocess.Popen[bytes]) -> None:
-        jvm_pid_file = (self._folder or Path()) / "tmp" / ".model_server.pid"  # ending the launcher would leave the JVM running
-        with contextlib.suppress(OSError, ValueError):
-            os.kill(int(jvm_pid_file.read_text()), signal.SIGTERM)
-        deadline = time.monotonic() + (STOP_TIMEOUT_S if jvm_pid_file.is_file() else 0)
-        while self.processes() and time.monotonic() < deadline:
-            launcher.poll()
-            time.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
-        launcher.wait()
-        psutil.wait_procs(self.processes(), timeout=STOP_TIMEOUT_S)
-
-
-def _belongs_to(process: psutil.Process, group: int) -> bool:
-    try:
-        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
-    except (ProcessLookupError, psutil.Error):
-        return False
-
-
-def _open_console(settings: Settings) -> BinaryIO:
-    """Empty the folder of the logs, and open the file for all that is printed.
-
-    A hardened server keeps the logs of its former runs, and is alone in reading them.
-    """
-    try:
-        if settings.hardening is None:
-            shutil.rmtree(settings.log_dir, ignore_errors=True)
-        settings.log_dir.mkdir(parents=True, exist_ok=True)
-        if settings.hardening is not None:
-            settings.log_dir.chmod(0o700)
-        return (settings.log_dir / CONSOLE_FILE).open("wb")
-    except OSError as error:
-        advice = f"cannot write logs into {settings.log_dir} ({error.strerror}); choose another folder with --log-dir"
-        raise ServeError(advice) from error
-
-
-def _environment(temp_dir: Path, log_dir: Path) -> dict[str, str]:
-    """Make the server's environment: ours, less what would lead it to other code or another configuration."""
-    misleading = ("PYTHONPATH", "TS_CONFIG_FILE", "JAVA_HOME")
-    environment = {name: value for name, value in os.environ.items() if name not in misleading}
-    java_home = find_java_home()
-    if java_home is not None:
-        environment["JAVA_HOME"] = str(java_home)
-    return environment | {
-        "TMPDIR": str(temp_dir),  # workers' sockets, the pid file
-        "TEMP": str(temp_dir),  # the JVM's: extracted archives
-        "LOG_LOCATION": str(log_dir.resolve()),
-        "METRICS_LOCATION": str(log_dir.resolve()),
-    }
+    def _why_it_ended(self) -> str:
+        """Say why TorchServe ended at its start."""
+        printed = self.log_tail()
+        taken = NOT_BOUND.search(printed)
+        if taken:
+            port = int(taken[1] or taken[2])
+            names = [name for name in self.settings.ports.__dataclass_fields__ if getattr(self.settings.ports, name) == port]
+            return f"port {port} was taken by another program while the server started; choose another with {option_of(names[0])}"
+        return f"TorchServe ended at its start:\n{printed}"

@@ -1,6 +1,7 @@
 """The settings of a server: archive, ports, device, logs, hardening. Knows nothing of TorchServe's processes."""
 
 import contextlib
+import errno
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from scripts.serving.hardened import Hardening
 
 LOOPBACK = "127.0.0.1"
 CONSOLE_FILE = "console.log"  # in the folder of the logs: all that TorchServe prints
+MAX_PORT = 65_535
 
 
 class ServeError(RuntimeError):
@@ -39,17 +41,36 @@ class Ports:
             return cls(*(opened.getsockname()[1] for opened in sockets))
 
     def require_free(self, inference_host: str = LOOPBACK, metrics_host: str = LOOPBACK) -> None:
-        """Raise ServeError, which names the port, where something listens on one of them."""
+        """Raise ServeError, which names the port and its option, where one of them cannot be listened on."""
         reachable = {"inference": inference_host, "metrics": metrics_host}
+        options: dict[int, str] = {}
         for name in self.__dataclass_fields__:
-            host, port = reachable.get(name, LOOPBACK), getattr(self, name)
+            host, port, option = reachable.get(name, LOOPBACK), getattr(self, name), option_of(name)
+            if not 0 < port <= MAX_PORT:
+                raise ServeError(f"expected a port from 1 to {MAX_PORT} as {option}, got {port}")
+            if port in options:
+                raise ServeError(f"port {port} is given twice; choose another with {option} or {options[port]}")
+            options[port] = option
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 try:
                     probe.bind((host, port))
+                    probe.listen()  # two sockets can be bound to one port, and only one can listen
                 except OSError as error:
-                    option = f"--{name.replace('_', '-')}-port"
-                    raise ServeError(f"port {port} is taken; choose another with {option} ({host}: {error.strerror})") from error
+                    raise ServeError(_describe_bind_error(error, host, port, option)) from error
+
+
+def option_of(name: str) -> str:
+    """Name the command line's option of a port."""
+    return f"--{name.replace('_', '-')}-port"
+
+
+def _describe_bind_error(error: OSError, host: str, port: int, option: str) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return f"port {port} is taken; choose another with {option} ({host}: {error.strerror})"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"this user may not listen on port {port}; choose one above 1023 with {option}"
+    return f"cannot listen on {host}, port {port} ({error.strerror}); choose an address of this machine with --inference-host"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +81,7 @@ class Settings:
         archive: the .mar file; its stem is the model's name.
         ports: of the APIs.
         device: "cpu", "gpu", or "auto" for a GPU where PyTorch sees one.
-        log_dir: a folder for TorchServe's logs and console output.
+        log_dir: a folder for the logs, which belongs to this server alone while it runs; they are appended to.
         model_config: values for keys of model-config.yaml, instead of the file's own.
         configuration: TorchServe's config.properties.
         log_configuration: its log4j2.xml.
@@ -72,7 +93,7 @@ class Settings:
     archive: Path = ARCHIVE
     ports: Ports = Ports()
     device: str = "auto"
-    log_dir: Path = BUILD / "logs"
+    log_dir: Path = BUILD / "logs" / "8080"
     model_config: Mapping[str, Any] = field(default_factory=dict)
     configuration: Path = CONFIGURATION
     log_configuration: Path = LOG_CONFIGURATION

@@ -76,7 +76,7 @@ class Hardened:
         return authorization(read_token(self.key_file, role))
 
     def processes(self) -> list[psutil.Process]:
-        """The starter, the proxy, TorchServe's launcher, its JVM and the worker."""
+        """The launcher, the JVM with its guard, the worker, the front with its guard."""
         starter = psutil.Process(self.process.pid)
         return [starter, *starter.children(recursive=True)]
 
@@ -293,7 +293,7 @@ def test_no_workflow_is_fetched(hardened: Hardened) -> None:
 
 def test_no_process_has_more_rights_than_to_serve(hardened: Hardened) -> None:
     processes = hardened.processes()
-    assert len(processes) == 5
+    assert len(processes) == 6
     if not hardened.as_nobody:
         pytest.skip("no other user can run this interpreter")
     for process in processes:

