@@ -23,7 +23,7 @@
 A message says what was expected and what was got, in ASCII, with the client's own values shortened.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 SHOWN_CHARACTERS = 60  # of a client's value, in a message
@@ -155,6 +155,33 @@ def _listed(indices: list[int]) -> str:
 
 
 def shown(value: object) -> str:
-    """Render a client's value for a message: ASCII, one line, at most 60 characters."""
-    text = ascii(value[:SHOWN_CHARACTERS] if isinstance(value, str) else value)
-    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
+    """Render a client's value for a message: ASCII, one line, at most 60 characters.
+
+    No more of it is looked at than is shown, however long or deep it is.
+    """
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > SHOWN_CHARACTERS:
+            return text[: SHOWN_CHARACTERS - 3] + "..."
+    return text
+
+
+def _pieces(value: object) -> Iterator[str]:
+    """Render a value of JSON piece by piece, as `ascii` does as a whole. Each level begins with a piece of its own."""
+    if isinstance(value, dict):
+        yield "{"
+        for number, (key, member) in enumerate(value.items()):
+            yield ", " if number else ""
+            yield from _pieces(key)
+            yield ": "
+            yield from _pieces(member)
+        yield "}"
+    elif isinstance(value, list):
+        yield "["
+        for number, member in enumerate(value):
+            yield ", " if number else ""
+            yield from _pieces(member)
+        yield "]"
+    else:
+        yield ascii(value[: SHOWN_CHARACTERS + 1] if isinstance(value, str | bytes | bytearray) else value)

@@ -24,6 +24,18 @@ MAX_PREPARED_IMAGES = 64
 MAX_BODY_BYTES = (
     32 * 1024 * 1024
 )  # of a body once it is decompressed: as many as TorchServe takes (serve_config/config.properties)
+# Of a compressed body. Deflate can say nothing in any number of bytes, for which a decoder builds tables: 0.5 s in all.
+MAX_COMPRESSED_BYTES = 8 * 1024 * 1024
+MAX_FORM_FIELDS = 100  # a form has an image and some of the twenty options
+# Of a JSON document, counted in its bytes before it is parsed. 2000 x 2000 numbers take half a second and 200 MB on their way to
+# pixels; more of them are sent as .npy or in binary.
+MAX_JSON_VALUES = 4_100_000
+MAX_JSON_LISTS = 1_000_000  # (1024, 28, 28, 1), as some clients send images, are 831,489
+MAX_JSON_MEMBERS = 50_000  # of all objects: 1024 images have up to 20 options each
+MAX_JSON_TEXTS = 100_000  # keys too
+MAX_JSON_DEPTH = 32  # levels; nested numbers in a tensor among inputs are eight
+MAX_OPTION_CHARACTERS = 10_000  # of the text of an option: a list of a thousand classes has 5,000
+MAX_SHAPE_LENGTH = 8  # axes of a tensor
 MAX_ID_CHARACTERS = 1000  # of a request's id, which the reply repeats
 
 # --- image files and arrays
@@ -40,6 +52,11 @@ MAX_JPEG_SCANS = 20
 # in Python over chunks, segments and tags, and what else costs time out of proportion to its bytes. A file as an encoder writes
 # it takes a few hundred, and one of 32 MiB ten thousand.
 MAX_DECODER_OPERATIONS = 100_000
+# Seconds of processor time in which all image files of one request are decoded. What takes longer is stopped: the largest that a
+# client may send need half of it.
+MAX_DECODE_SECONDS = 1.2
+MAX_DECODER_BYTES = 400 * 1024 * 1024  # of memory that decoding one file may take, in a process of its own
+MAX_FRAMES = 10  # of an animation, or pages of a TIFF, that are looked at for ink
 MAX_TAG_BYTES = 1_000_000  # of a TIFF, whose numbers Pillow makes Python objects
 MAX_HEADER_BYTES = 1000  # of an .npy; that of a plain array has 128
 

@@ -6,9 +6,19 @@ Knows neither torch nor TorchServe.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from handler.errors import BlankImage, ClientError, ImageTooLarge, InvalidOption, RequestTooLarge, WrongShape, join_errors
+from handler.errors import (
+    BlankImage,
+    ClientError,
+    ImageTooLarge,
+    InvalidOption,
+    RequestTooLarge,
+    ServiceError,
+    WrongShape,
+    join_errors,
+)
 from handler.images.arrays import NPY_MAGIC, Decoded, Tensor, decode_npy, decode_numbers, decode_tensor
-from handler.images.decode import DecodedImage, DecodingBudget, decode_image
+from handler.images.budget import DecodingBudget
+from handler.images.decode import DecodedImage, decode_image
 from handler.images.digits import prepare_digit
 from handler.images.preparation import Prepare, PreparedImage, scale_image
 from handler.limits import (
@@ -62,7 +72,7 @@ def preprocess(request: Request, height: int, width: int, *, has_mean: bool = Tr
     """
     try:
         return _preprocess(request, height, width, has_mean=has_mean)
-    except ClientError as error:
+    except ServiceError as error:
         error.as_text = request.infer is not None
         raise
 

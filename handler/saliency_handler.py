@@ -24,6 +24,7 @@ from handler.errors import InternalError, Overloaded, ServiceError
 from handler.gradients.compiled import COMPILED_PASS_FILE, load_compiled_pass
 from handler.gradients.cuda_graphs import record
 from handler.gradients.explain import Explanation, compute_exactly, freeze, predict_and_explain
+from handler.images.decoder_process import DECODER_PROCESS
 from handler.images.preparation import ImageWarning, PreparedImage
 from handler.limits import MAX_BATCH_SECONDS, MAX_FORWARD_IMAGES, MAX_GRADIENTS
 from handler.preprocess import PreparedRequest, preprocess
@@ -87,6 +88,7 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         self.differentiable = load_compiled_pass(model_dir / COMPILED_PASS_FILE, self.model, self.input_shape)
         if self.device.type == "cuda" and settings.get("cuda_graphs", True):
             self.differentiable = record(self.differentiable, self.model, self.input_shape)
+        DECODER_PROCESS.start()
         self.manifest = context.manifest
         self.meter = Meter(self.class_count, emitter_to_frontend(context))
         self.trimmer = IdleTrimmer()

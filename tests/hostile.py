@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from handler.errors import ClientError
-from handler.images.decode import ACCEPTED_FORMATS
+from handler.images.file_decoder import ACCEPTED_FORMATS
 from handler.preprocess import preprocess
 from handler.protocol.request import parse_request
 from scripts.paths import SAMPLE_FILES

@@ -12,7 +12,7 @@ import schemathesis
 from handler.errors import ClientError, ServiceError
 from handler.gradients.methods import METHODS, PARAMETERS, Parameter
 from handler.images.arrays import NUMPY_TYPES
-from handler.images.decode import ACCEPTED_FORMATS
+from handler.images.file_decoder import ACCEPTED_FORMATS
 from handler.limits import MAX_ID_CHARACTERS, MAX_IMAGES, MAX_PIXELS
 from handler.protocol.describe import describe_service
 from handler.protocol.kserve import BYTES, EXPLANATION_OUTPUTS, PREDICTION_OUTPUTS

@@ -5,7 +5,7 @@ from typing import Any
 
 from handler.gradients.methods import METHODS
 from handler.images.arrays import NUMPY_TYPES
-from handler.images.decode import ACCEPTED_FORMATS
+from handler.images.file_decoder import ACCEPTED_FORMATS
 from handler.limits import (
     MAX_BODY_BYTES,
     MAX_GRADIENTS,

@@ -13,11 +13,12 @@ from typing import Any
 
 from handler.errors import ClientError, InvalidRequest, WrongShape, shown
 from handler.images.arrays import NUMPY_TYPES, Tensor, require_image_count
-from handler.limits import MAX_ID_CHARACTERS
+from handler.limits import MAX_ID_CHARACTERS, MAX_SHAPE_LENGTH
 
 INSTANCES = "instances"  # the field that makes a body one of KServe v1
 INPUTS = "inputs"  # the field that makes a body one of the Open Inference Protocol v2
 
+MAX_AXIS = 2**31  # of a shape: a product of larger ones would take time
 BYTES = "BYTES"
 LENGTH = struct.Struct("<I")  # of an element of binary BYTES
 HEADER_LENGTH = "inference-header-content-length"  # of the binary extension: the header with the size of a body's JSON
@@ -179,8 +180,12 @@ def _read_input(
     datatype, shape, data = tensor["datatype"], tensor["shape"], tensor.get("data")
     if not isinstance(datatype, str) or datatype not in (BYTES, *NUMPY_TYPES):
         raise InvalidRequest(f"expected one of {', '.join((BYTES, *NUMPY_TYPES))} as 'datatype', got {shown(datatype)}")
-    if not isinstance(shape, list) or not all(type(length) is int for length in shape):
-        raise InvalidRequest(f"expected a list of integers as 'shape', got {shown(shape)}")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > MAX_SHAPE_LENGTH
+        or not all(type(length) is int and -1 <= length < MAX_AXIS for length in shape)
+    ):
+        raise InvalidRequest(f"expected a list of up to {MAX_SHAPE_LENGTH} integers as 'shape', got {shown(shape)}")
     if is_binary:
         if data is not None:
             raise InvalidRequest("expected 'data' or 'binary_data_size' of an input, got both")

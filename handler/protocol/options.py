@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 from handler.errors import InvalidOption, UnknownOption, shown
 from handler.gradients.methods import GRADIENT, METHODS, PARAMETERS, Method, Parameter
 from handler.images.preparation import Prepare
-from handler.limits import MAX_SIZE, MIN_PERCENTILE, MIN_SIZE
+from handler.limits import MAX_OPTION_CHARACTERS, MAX_SIZE, MIN_PERCENTILE, MIN_SIZE
 from handler.render.drawing import Colormap, Layout, Polarity, Style
 
 HEADER_PREFIX = "x-saliency-"  # an option's header is this and its name, in any letter case, with hyphens
@@ -210,6 +210,8 @@ def read_value(name: str, value: object, class_count: int) -> object:
     Raises:
         InvalidOption: the option does not take this value.
     """
+    if isinstance(value, (bytes, bytearray, str)) and len(value) > MAX_OPTION_CHARACTERS:
+        raise InvalidOption(f"expected a text of at most {MAX_OPTION_CHARACTERS:,} characters in {name!r}, got {len(value):,}")
     if isinstance(value, (bytes, bytearray)):
         try:
             value = bytes(value).decode()

@@ -6,10 +6,8 @@ classes.
 """
 
 import base64
-import binascii
 import contextlib
 import functools
-import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -23,14 +21,14 @@ from handler.errors import (
     InvalidOption,
     InvalidRequest,
     MalformedBase64,
-    MalformedJSON,
     NotAcceptable,
     RequestTooLarge,
     shown,
 )
 from handler.gradients.methods import METHODS
 from handler.images.arrays import NPY_MAGIC, Tensor
-from handler.limits import MAX_BODY_BYTES
+from handler.limits import MAX_BODY_BYTES, MAX_COMPRESSED_BYTES, MAX_FORM_FIELDS
+from handler.protocol.json_body import parse_json
 from handler.protocol.kserve import (
     EXPLANATION_OUTPUTS,
     GAP_OUTPUT,
@@ -50,6 +48,8 @@ CORRELATION_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CORRELATION_LENGTHS = {len(name) for name in CORRELATION_HEADERS}
 SENT_TWICE_HEADER = "x-sent-twice"  # set by `torchserve`, whose receiver alone sees what is there twice
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+START_OF_JSON = re.compile(rb"\s*+[\[{]")
+WHITE_SPACE = b" \t\n\r\v\f"
 WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}  # for zlib, by content encoding
 ROUTE_HEADER = "explain"  # TorchServe's frontend sets it on each request: "True" came in by an explanation route
 
@@ -254,6 +254,8 @@ def _read_fields(row: object, headers: Mapping[str, str], field_headers: Mapping
             "expected an image with 'curl -T FILE' or 'curl -F data=@FILE', or JSON with 'curl --json', got a form without an "
             "image, as 'curl -d' sends whatever it is given"
         )
+    if isinstance(row, dict) and len(row) > MAX_FORM_FIELDS:
+        raise RequestTooLarge(f"expected at most {MAX_FORM_FIELDS} fields in a form, got more")
     if isinstance(row, dict) and set(row) != {"body"}:
         return {str(name): _read_field(value, field_headers.get(name)) for name, value in row.items()}, b""  # a form
     body = row["body"] if isinstance(row, dict) else row
@@ -264,11 +266,11 @@ def _read_fields(row: object, headers: Mapping[str, str], field_headers: Mapping
         if is_binary:
             content, binary = split_binary_body(content, headers[HEADER_LENGTH])
         content = content.removeprefix(BYTE_ORDER_MARK) if content[3:4] in (b"{", b"[") else content
-        is_json = media_type == "application/json" or media_type.endswith("+json") or content.lstrip()[:1] in (b"{", b"[")
+        is_json = media_type == "application/json" or media_type.endswith("+json") or bool(START_OF_JSON.match(content))
         is_json = is_binary or (is_json and not content.startswith(NPY_MAGIC))
         if not content or not is_json:
             return ({"body": content} if content else {}), b""
-        body = _parse_json(content)
+        body = parse_json(content)
     if not isinstance(body, dict):
         raise InvalidRequest(f'expected a JSON object such as {{"data": "<base64 image>"}}, got {shown(body)}')
     return dict(body), binary
@@ -281,7 +283,7 @@ def _read_field(value: object, headers: object) -> object:
         return value
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type == "application/json":
-        return _parse_json(bytes(value))
+        return parse_json(bytes(value))
     if media_type.startswith("text/"):
         with contextlib.suppress(UnicodeDecodeError):  # then it is no text, whatever its type says
             return bytes(value).decode()
@@ -293,13 +295,15 @@ def decompress(content: bytes, encoding: str) -> bytes:
 
     Raises:
         InvalidRequest: it is another than gzip and deflate, or the body is not encoded so.
-        RequestTooLarge: it has more than MAX_BODY_BYTES.
+        RequestTooLarge: it has more than MAX_COMPRESSED_BYTES, or more than MAX_BODY_BYTES once it is decompressed.
     """
     name = encoding.strip().lower()
     if name in ("", "identity"):
         return content
     if name not in WINDOW_BITS:
         raise InvalidRequest(f"expected gzip or deflate as 'Content-Encoding', got {shown(encoding)}")
+    if len(content) > MAX_COMPRESSED_BYTES:
+        raise RequestTooLarge(f"expected at most {MAX_COMPRESSED_BYTES:,} bytes of a compressed body, got {len(content):,}")
     decoder = zlib.decompressobj(WINDOW_BITS[name])
     try:
         plain = decoder.decompress(content, MAX_BODY_BYTES + 1)
@@ -310,24 +314,6 @@ def decompress(content: bytes, encoding: str) -> bytes:
     if not decoder.eof:
         raise InvalidRequest(f"expected a whole body in {name}, got one that ends early")
     return plain
-
-
-def _parse_json(content: bytes) -> object:
-    try:
-        return json.loads(content, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        where = f" at character {error.pos}: {error.msg}" if isinstance(error, json.JSONDecodeError) else ""
-        raise MalformedJSON(f"expected a JSON object in UTF-8, got a body that is not valid JSON{where}") from error
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Make an object of its members, each of which may be there once."""
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1) if len(names) < 100 else "a key"
-        raise InvalidRequest(f"expected each key of a JSON object once, got {shown(twice)} twice")
-    return members
 
 
 def _refuse_twice(headers: Mapping[str, str]) -> None:
@@ -371,13 +357,13 @@ def _read_image(fields: Mapping[str, object]) -> bytes | list[Any]:
 
 def _decode_base64(field: str, text: str) -> bytes:
     """Decode base64, with or without line breaks, also where it stands in a data URL (`data:image/png;base64,...`)."""
-    payload = re.sub(r"\s", "", text.partition(",")[2] if text.startswith("data:") else text)
-    if not payload:
-        raise EmptyRequest(f"expected the base64 of an image file in {field!r}, got an empty text")
     try:
-        return base64.b64decode(payload, validate=True)
-    except (binascii.Error, ValueError) as error:  # ValueError: characters outside ASCII
+        encoded = (text.partition(",")[2] if text.startswith("data:") else text).encode("ascii").translate(None, WHITE_SPACE)
+        if encoded:
+            return base64.b64decode(encoded, validate=True)
+    except ValueError as error:  # binascii.Error and UnicodeEncodeError are ValueErrors
         raise MalformedBase64(f"expected standard base64 with padding in {field!r}, got {shown(text)}") from error
+    raise EmptyRequest(f"expected the base64 of an image file in {field!r}, got an empty text")
 
 
 # --- the reply's format

@@ -16,7 +16,8 @@ import yaml
 from PIL import Image
 
 from handler.errors import InvalidOption
-from handler.images.decode import DecodingBudget, decode_image
+from handler.images.budget import DecodingBudget
+from handler.images.decode import decode_image
 from handler.limits import (
     MAX_BATCH_BYTES,
     MAX_BATCH_SECONDS,

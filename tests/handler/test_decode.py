@@ -14,7 +14,9 @@ from PIL import ExifTags, Image, ImageOps
 from handler.errors import ClientError, ImageTooLarge, InvalidPixel, UnreadableImage, WrongShape
 from handler.images import decode
 from handler.images.arrays import decode_numbers
-from handler.images.decode import ACCEPTED_FORMATS, DecodedImage, DecodingBudget, decode_image
+from handler.images.budget import DecodingBudget
+from handler.images.decode import DecodedImage, decode_image
+from handler.images.file_decoder import ACCEPTED_FORMATS
 from handler.limits import MAX_DECODER_OPERATIONS, MAX_PIXELS, MAX_SIDE
 from scripts.paths import SAMPLE_FILES
 from tests.hostile import png_chunk, png_header
