@@ -10,7 +10,7 @@ SOURCES := $(wildcard handler/*.py handler/*/*.py scripts/packaging/*.py scripts
            serve_config/model-config.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-long test-all lint format package accuracy evaluate load soak benchmark sweep scale gpu fuzz train \
+.PHONY: help setup serve demo test test-long test-all lint format package accuracy evaluate load soak benchmark sweep scale gpu fuzz train \
         digits drawings classes localise lock audit sbom clean
 .DELETE_ON_ERROR:
 
@@ -21,6 +21,9 @@ setup: .venv/.installed ## make .venv with all that serving and training need (5
 
 serve: build/digits.mar ## build the archive and serve it on 127.0.0.1:8080; ARGS="--workers 4 ..." (--help shows all)
 	$(BIN)/python -m scripts.serving $(ARGS)
+
+demo: build/digits.mar ## serve the archive and open a page to draw on; ARGS="--url http://127.0.0.1:8080" uses a running server
+	$(BIN)/python -m scripts.demo $(ARGS)
 
 test: .venv/.installed-dev ## run the tests, unit and end to end (five minutes on two cores); ARGS="-k name" runs some
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
