@@ -1,6 +1,9 @@
 """A preparation: an affine map with a transpose, from the image as it was sent to the network's pixels, and back.
 
-    pixels = slope * (rows @ image @ columns.T) + offset, clipped to [0, 1]
+    pixels = placement(slope * (rows @ image @ columns.T)) + offset
+
+The image is resampled, and what of it counts is placed among the network's pixels; see `Placement`. The map is the derivative of
+what was done to this image: where a pixel was saturated, cleaned away or drawn anew, its weight is 0, and no gradient goes back.
 
 Holds the type and the two preparations that look for nothing: the image as it is, and the image scaled. `digits` finds the digit
 in an image. Knows nothing of image files, of HTTP or of TorchServe.
@@ -16,6 +19,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 Array = NDArray[np.float32]
+
+DENSE_PIXELS = 4096  # of smaller images the zeros among the weights cost less than leaving them out
 
 
 class Prepare(StrEnum):
@@ -42,16 +47,45 @@ class ImageWarning:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedImage:
-    """An image, ready for the network, and what was done to it: pixels = slope * rows @ grey @ columns.T + offset.
+class Placement:
+    """Where resampled pixels go among the network's, and which count: target_weight * (rows @ (weight * working) @ columns.T).
 
     Attributes:
-        rows: float32 (h, H), resampling and placement along y.
-        columns: float32 (w, W), along x.
+        rows: float32 (h, h'), weights along y.
+        columns: float32 (w, w'), along x.
+        weight: float32 (h', w'), share of a resampled pixel's change that goes on: 0 where it is saturated, cleaned away or drawn
+            anew.
+        target_weight: float32 (h, w), the same of the network's pixels: 0 where one is saturated.
+    """
+
+    rows: Array
+    columns: Array
+    weight: Array
+    target_weight: Array
+
+    def apply(self, working: Array) -> Array:
+        """Place resampled pixels: (..., h', w') -> (..., h, w)."""
+        return np.asarray(self.target_weight * (self.rows @ (self.weight * working) @ self.columns.T), dtype=np.float32)
+
+    def pull_back(self, gradient: Array) -> Array:
+        """Take the transpose: (..., h, w) -> (..., h', w')."""
+        return np.asarray(self.weight * (self.rows.T @ (self.target_weight * gradient) @ self.columns), dtype=np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """An image, ready for the network, and what was done to it: pixels = placement(slope * (rows @ grey @ columns.T)) + offset.
+
+    Attributes:
+        rows: float32 (h', H), resampling along y.
+        columns: float32 (w', W), along x.
         slope: intensity per unit of grey; negative where the image is inverted.
         offset: float32 (h, w): the paper's level, and all that cleaning and clipping changed at this image.
         pixels: float32 (h, w): the prepared image, intensity in [0, 1].
         steps: what was done, in words and in order; empty where the image has the framing already.
+        frame_box: left, top, right, bottom of the part of the image that became the network's image, in pixels of the image; it
+            may reach beyond the image.
+        placement: of the resampled pixels among the network's; None where they are the network's.
         ink_box: left, top, right, bottom of the ink, in pixels of the image; None where it was not looked for.
         threshold: contrast to the paper, 0-1, from which a pixel was taken for ink; None likewise.
         source: what the image was sent as, such as "PNG image".
@@ -65,6 +99,8 @@ class PreparedImage:
     offset: Array
     pixels: Array
     steps: tuple[str, ...]
+    frame_box: tuple[float, float, float, float]
+    placement: Placement | None = None
     ink_box: tuple[int, int, int, int] | None = None
     threshold: float | None = None
     source: str = "pixels"
@@ -91,15 +127,20 @@ class PreparedImage:
 
     def apply(self, grey: Array) -> Array:
         """Prepare an image: (H, W) grey levels -> (h, w) intensities, with everything but the grey levels treated as constant."""
-        return np.asarray(np.float32(self.slope) * (self.rows @ grey @ self.columns.T) + self.offset, dtype=np.float32)
+        working = np.float32(self.slope) * resample_both(self.rows, grey, self.columns)
+        return np.asarray((self.placement.apply(working) if self.placement else working) + self.offset, dtype=np.float32)
 
     def pull_back(self, gradient: Array) -> Array:
         """Carry gradients by the network's pixels back to the image's grey levels: (..., h, w) -> (..., H, W).
 
-        The chain rule through resampling, placement and inversion. Geometry, stretch, the paper's level and what was cleaned
-        away are treated as constant.
+        The chain rule through placement, saturation, cleaning, inversion and resampling. What was decided by looking at the whole
+        image (geometry, stretch, the paper's level, which pixels are ink) is treated as constant.
         """
-        return np.asarray(np.float32(self.slope) * (self.rows.T @ gradient @ self.columns), dtype=np.float32)
+        working = np.float32(self.slope) * (self.placement.pull_back(gradient) if self.placement else gradient)  # (..., h', w')
+        maps = np.empty((*working.shape[:-2], self.rows.shape[1], self.columns.shape[1]), dtype=np.float32)
+        for index in np.ndindex(working.shape[:-2]):
+            maps[index] = resample_both(self.rows.T, working[index], self.columns.T)
+        return maps
 
 
 def _span(weights: Array) -> tuple[float, float]:
@@ -119,7 +160,12 @@ def _span(weights: Array) -> tuple[float, float]:
 def leave_unchanged(grey: Array, source: str = "pixels") -> PreparedImage:
     """Give an image that has the framing already: it goes to the network bit for bit."""
     rows, columns, offset = _identity(*grey.shape)
-    return PreparedImage(rows, columns, slope=1.0, offset=offset, pixels=grey, steps=(), source=source)
+    return PreparedImage(rows, columns, slope=1.0, offset=offset, pixels=grey, steps=(), frame_box=whole(grey), source=source)
+
+
+def whole(grey: Array) -> tuple[float, float, float, float]:
+    """The box of a whole image: left, top, right, bottom."""
+    return 0.0, 0.0, float(grey.shape[1]), float(grey.shape[0])
 
 
 @functools.lru_cache(maxsize=16)
@@ -137,8 +183,17 @@ def scale_image(grey: Array, height: int, width: int, source: str = "pixels") ->
         return leave_unchanged(grey, source)
     rows, columns = resample(grey.shape[0], 0, grey.shape[0], height), resample(grey.shape[1], 0, grey.shape[1], width)
     step = f"scaled from {grey.shape[1]}x{grey.shape[0]} to {width}x{height}"
-    pixels: Array = np.clip(sparse.csr_array(rows) @ grey @ columns.T, 0, 1)  # rounding may leave the range
-    return PreparedImage(rows, columns, slope=1.0, offset=np.zeros_like(pixels), pixels=pixels, steps=(step,), source=source)
+    pixels: Array = np.clip(resample_both(rows, grey, columns), 0, 1)  # rounding may leave the range
+    return PreparedImage(
+        rows, columns, slope=1.0, offset=np.zeros_like(pixels), pixels=pixels, steps=(step,), frame_box=whole(grey), source=source
+    )
+
+
+def resample_both(rows: Array, image: Array, columns: Array) -> Array:
+    """Take rows @ image @ columns.T in which nearly all weights are zero: (h, H), (H, W), (w, W) -> (h, w)."""
+    if image.size <= DENSE_PIXELS:
+        return np.asarray(rows @ image @ columns.T, dtype=np.float32)
+    return np.ascontiguousarray((sparse.csr_array(columns) @ (sparse.csr_array(rows) @ image).T).T, dtype=np.float32)
 
 
 def resample(source: int, start: float, stop: float, target: int) -> Array:

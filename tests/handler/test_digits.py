@@ -29,6 +29,21 @@ def grey_of(content: bytes) -> Array:
     return decode_image(content).grey
 
 
+def exactly_applied(preparation: PreparedImage, images: torch.Tensor) -> torch.Tensor:
+    """What `PreparedImage.apply` does, written out in float64: (..., H, W) -> (..., 28, 28)."""
+    placement = preparation.placement
+    assert placement is not None
+    rows, columns, offset, inner_rows, inner_columns, weight, target_weight = (
+        torch.from_numpy(np.asarray(part, dtype=np.float64))
+        for part in (
+            *(preparation.rows, preparation.columns, preparation.offset),
+            *(placement.rows, placement.columns, placement.weight, placement.target_weight),
+        )
+    )
+    working = weight * preparation.slope * (rows @ images @ columns.T)
+    return target_weight * (inner_rows @ working @ inner_columns.T) + offset
+
+
 def read(network: nn.Module, preparation: PreparedImage) -> int:
     logits, _ = predict_and_explain(network, torch.from_numpy(preparation.pixels)[None, None], [()])
     return int(logits.argmax())
@@ -212,23 +227,21 @@ def test_prepared_image_is_the_affine_map(inks: dict[str, NDArray[np.float64]], 
 def test_map_in_the_clients_pixels_is_the_finite_difference_through_the_preparation(
     network: nn.Module, inks: dict[str, NDArray[np.float64]], name: str
 ) -> None:
-    """In float64, with geometry, stretch, paper and cleaning held fixed; dithered, because max pools tie on flat paper."""
+    """In float64, with all that the whole image decides treated as constant; dithered, because max pools tie on flat paper."""
     kind, seed = IMAGES[name]
     grey = grey_of(photograph(inks[f"{seed[0]}-0"], kind, seed))
     preparation = prepare_digit(grey, 28, 28)
-    rows, columns = (torch.from_numpy(matrix.astype(np.float64)) for matrix in (preparation.rows, preparation.columns))
     dither = 0.05 * torch.rand(28, 28, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     double = type(network)().double().eval().requires_grad_(False)
     double.load_state_dict(network.state_dict())
 
     def score(image: torch.Tensor) -> torch.Tensor:
         """The seed digit's logit of images (N, H, W)."""
-        pixels = preparation.slope * (rows @ image @ columns.T) + torch.from_numpy(preparation.offset.astype(np.float64)) + dither
-        logits: torch.Tensor = double(pixels[:, None])
+        logits: torch.Tensor = double((exactly_applied(preparation, image) + dither)[:, None])
         return logits[:, seed[0]]
 
     image = torch.from_numpy(grey.astype(np.float64))
-    pixels = preparation.slope * (rows @ image @ columns.T) + torch.from_numpy(preparation.offset.astype(np.float64)) + dither
+    pixels = exactly_applied(preparation, image) + dither
     _, (explanation,) = predict_and_explain(double, pixels[None, None], [(seed[0],)])
     assert explanation is not None
     saliency = preparation.pull_back(explanation.maps[0, 0].astype(np.float32))
