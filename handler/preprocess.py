@@ -185,7 +185,8 @@ def _prepare(decoded: Decoded, asked: Options, height: int, width: int) -> Prepa
     image = prepare(decoded.grey, height, width, decoded.source)
     if decoded.reduction > 1 and image.ink_box is not None:  # back to the pixels of the file
         left, top, right, bottom = (side * decoded.reduction for side in image.ink_box)
-        image = replace(image, ink_box=(left, top, right, bottom))
+        x0, y0, x1, y1 = (side * decoded.reduction for side in image.window)
+        image = replace(image, ink_box=(left, top, right, bottom), window=(x0, y0, x1, y1))
     if not (asked.explain and asked.space is Space.IMAGE):
         return image
     if decoded.reduction > 1:

@@ -193,10 +193,10 @@ def _place(view: View, ink: Ink, levels: _Levels, height: int, width: int, sourc
         steps.append("inverted")
     steps.append(f"scaled its {right - left:.0f}x{bottom - top:.0f} pixels to {size:.0f}")
     steps += ["centred by its mass", f"stretched its contrast by {gain:.2f}"]
-    frame = view.to_image((place_x.start, place_y.start, place_x.stop, place_y.stop))
+    window = view.to_image((place_x.start, place_y.start, place_x.stop, place_y.stop))
     box = (int(np.floor(left)), int(np.floor(top)), int(np.ceil(right)), int(np.ceil(bottom)))
     return PreparedImage(
-        view.rows, view.columns, slope, offset, pixels, tuple(steps), frame, placement, box, round(ink.threshold, 4), source
+        view.rows, view.columns, slope, offset, pixels, tuple(steps), window, placement, box, round(ink.threshold, 4), source
     )
 
 

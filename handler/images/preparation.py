@@ -83,8 +83,7 @@ class PreparedImage:
         offset: float32 (h, w): the paper's level, and all that cleaning and clipping changed at this image.
         pixels: float32 (h, w): the prepared image, intensity in [0, 1].
         steps: what was done, in words and in order; empty where the image has the framing already.
-        frame_box: left, top, right, bottom of the part of the image that became the network's image, in pixels of the image; it
-            may reach beyond the image.
+        window: left, top, right, bottom of the network's image, in pixels of the image as sent; it may reach beyond that image.
         placement: of the resampled pixels among the network's; None where they are the network's.
         ink_box: left, top, right, bottom of the ink, in pixels of the image; None where it was not looked for.
         threshold: contrast to the paper, 0-1, from which a pixel was taken for ink; None likewise.
@@ -99,7 +98,7 @@ class PreparedImage:
     offset: Array
     pixels: Array
     steps: tuple[str, ...]
-    frame_box: tuple[float, float, float, float]
+    window: tuple[float, float, float, float]
     placement: Placement | None = None
     ink_box: tuple[int, int, int, int] | None = None
     threshold: float | None = None
@@ -111,12 +110,6 @@ class PreparedImage:
     def inverted(self) -> bool:
         """Whether dark ink was made bright."""
         return self.slope < 0
-
-    @property
-    def window(self) -> tuple[float, float, float, float]:
-        """Left, top, right, bottom of the network's image, in pixels of the image as sent; it may reach beyond that image."""
-        (left, right), (top, bottom) = _span(self.columns), _span(self.rows)
-        return left, top, right, bottom
 
     def describe(self) -> dict[str, Any]:
         """Say for people what was done: the reply's `preparation`."""
@@ -143,24 +136,10 @@ class PreparedImage:
         return maps
 
 
-def _span(weights: Array) -> tuple[float, float]:
-    """Where a resampled line of pixels starts and stops, in source pixels, by the places that its pixels look at.
-
-    Args:
-        weights: float32 (target, source). Pixels that look beyond the source have smaller weights, and say less.
-    """
-    sums = weights.sum(axis=1)
-    looks = np.flatnonzero(sums > 0.9 * sums.max())
-    places = (weights[looks] @ (np.arange(weights.shape[1]) + 0.5)) / sums[looks]
-    step = float(np.median(np.diff(places) / np.diff(looks))) if len(looks) > 1 else weights.shape[1] / weights.shape[0]
-    start = float(np.median(places - (looks + 0.5) * step))
-    return round(start, 4), round(start + step * weights.shape[0], 4)
-
-
 def leave_unchanged(grey: Array, source: str = "pixels") -> PreparedImage:
     """Give an image that has the framing already: it goes to the network bit for bit."""
     rows, columns, offset = _identity(*grey.shape)
-    return PreparedImage(rows, columns, slope=1.0, offset=offset, pixels=grey, steps=(), frame_box=whole(grey), source=source)
+    return PreparedImage(rows, columns, slope=1.0, offset=offset, pixels=grey, steps=(), window=whole(grey), source=source)
 
 
 def whole(grey: Array) -> tuple[float, float, float, float]:
@@ -185,7 +164,7 @@ def scale_image(grey: Array, height: int, width: int, source: str = "pixels") ->
     step = f"scaled from {grey.shape[1]}x{grey.shape[0]} to {width}x{height}"
     pixels: Array = np.clip(resample_both(rows, grey, columns), 0, 1)  # rounding may leave the range
     return PreparedImage(
-        rows, columns, slope=1.0, offset=np.zeros_like(pixels), pixels=pixels, steps=(step,), frame_box=whole(grey), source=source
+        rows, columns, slope=1.0, offset=np.zeros_like(pixels), pixels=pixels, steps=(step,), window=whole(grey), source=source
     )
 
 

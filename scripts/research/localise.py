@@ -96,6 +96,27 @@ def _resize(numbers: NDArray[np.float32], height: int, width: int) -> NDArray[np
     return np.asarray(Image.fromarray(numbers.astype(np.float32)).resize((width, height), resampling))
 
 
+def lay_on_image(
+    saliency: NDArray[np.float32], window: tuple[float, float, float, float], height: int, width: int
+) -> NDArray[np.float32]:
+    """Lay a map of the network's pixels onto the image, at the place that these came from: sizes, interpolated, zero elsewhere.
+
+    The derivative by the image's own pixels is zero where ink is saturated, as most of it is in a photograph.
+
+    Args:
+        saliency: float32 (28, 28).
+        window: left, top, right, bottom of the network's pixels, in pixels of the image.
+        height, width: of the image.
+    Returns:
+        float32 (height, width).
+    """
+    left, top, right, bottom = window
+    step_x, step_y = saliency.shape[1] / (right - left), saliency.shape[0] / (bottom - top)
+    affine = (step_x, 0, -left * step_x, 0, step_y, -top * step_y)
+    sizes = Image.fromarray(np.abs(saliency))
+    return np.asarray(sizes.transform((width, height), Image.Transform.AFFINE, affine, Image.Resampling.BILINEAR))
+
+
 def overlap(box: Sequence[int], other: Sequence[int]) -> float:
     """Compute the intersection over union of two boxes (left, top, right, bottom), 0-1."""
     width = max(0, min(box[2], other[2]) - max(box[0], other[0]))
@@ -185,11 +206,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         import cv2  # noqa: F401  # say that it is missing before anything is asked
 
         for image in tqdm(arguments.images, unit="image", disable=None):
-            options = {"space": "image", "encoding": "base64"}
+            options = {"pixels": "true", "encoding": "base64"}
             reply = request_explanation(
                 image, url=arguments.url.rstrip("/"), model=arguments.model, target="predicted", **options
             )
-            grey, saliency = decode_image(image.read_bytes()).grey, read_map(reply["explanation"])
+            decoded = decode_image(image.read_bytes())
+            grey = decoded.grey
+            left, top, right, bottom = (side / decoded.reduction for side in reply["preparation"]["window"])
+            saliency = lay_on_image(read_map(reply["explanation"]), (left, top, right, bottom), *grey.shape)
             line = f"{image}: digit {reply['digit']}"
             found = 0.0
             ink_box = reply["preparation"].get("ink_box")  # absent where the image is canonical already

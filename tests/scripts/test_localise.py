@@ -16,7 +16,17 @@ from handler.images.decode import decode_image
 from handler.images.digits import prepare_digit
 from model.photograph import ink_of, photograph
 from scripts.paths import ROOT, SAMPLE_FILES
-from scripts.research.localise import LocaliseError, Location, arrange, draw_location, localise, main, overlap, overlap_at_random
+from scripts.research.localise import (
+    LocaliseError,
+    Location,
+    arrange,
+    draw_location,
+    lay_on_image,
+    localise,
+    main,
+    overlap,
+    overlap_at_random,
+)
 
 Numbers = NDArray[np.float32]
 
@@ -27,11 +37,11 @@ def disc(height: int, width: int, radius: int, centre: tuple[int, int]) -> NDArr
 
 
 def map_of(network: nn.Module, grey: Numbers) -> Numbers:
-    """The map in an image's own pixels, as the server gives it."""
+    """The map, as the server gives it, on the image."""
     prepared = prepare_digit(grey, 28, 28)
     _, (explanation,) = predict_and_explain(network, torch.from_numpy(prepared.pixels)[None, None], [(None,)])
     assert explanation is not None
-    return np.asarray(prepared.pull_back(explanation.maps[:, 0])[0], dtype=np.float32)
+    return lay_on_image(explanation.maps[0, 0].astype(np.float32), prepared.window, *grey.shape)
 
 
 @pytest.mark.parametrize(("height", "width"), [(300, 200), (60, 90)], ids=["shrunk", "enlarged"])
