@@ -146,17 +146,43 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         self.trimmer.note_work()
         return [reply.body for reply in replies]
 
+    def results_of(self, rows: Sequence[object], headers: Sequence[dict[str, object]]) -> list[list[Result] | ServiceError]:
+        """Answer one batch without writing replies, for a program that holds this handler in its own process.
+
+        Args:
+            rows: one a request, as TorchServe hands them to `handle`.
+            headers: of these requests.
+        Returns:
+            for each request the results of its images, or the error that its client would get, in the same order.
+        """
+        self.meter.start()
+        self.deadline = time.monotonic() + MAX_BATCH_SECONDS
+        outcomes = [self._prepare(row, row_headers) for row, row_headers in zip(rows, headers, strict=True)]
+        inferred = self._infer([outcome for outcome in outcomes if isinstance(outcome, PreparedRequest)])
+        return [
+            _results(outcome, list(islice(inferred, len(outcome.images)))) if isinstance(outcome, PreparedRequest) else outcome
+            for outcome in outcomes
+        ]
+
     def _preprocess(self, row: object, headers: dict[str, object]) -> PreparedRequest | Reply:
+        """Read one request as far as the network's pixels, or write the reply that needs no network."""
+        try:
+            if is_describe_request(row, headers):
+                return render_description(self._describe())
+        except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
+            return _render_exception(error)
+        prepared = self._prepare(row, headers)
+        return prepared if isinstance(prepared, PreparedRequest) else render_error(prepared)
+
+    def _prepare(self, row: object, headers: dict[str, object]) -> PreparedRequest | ServiceError:
         """Read one request as far as the network's pixels. An error is this row's alone, whatever it is."""
         try:
             self._require_time()
-            if is_describe_request(row, headers):
-                return render_description(self._describe())
             _, height, width = self.input_shape
             request = parse_request(row, headers, self.class_count)
             return preprocess(request, height, width, has_mean=self.mean_pixel is not None)
         except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
-            return _render_exception(error)
+            return _service_error(error)
 
     def _describe(self) -> dict[str, Any]:
         _, height, width = self.input_shape
@@ -196,13 +222,23 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         """Write the reply to one request. An error is this row's alone, whatever it is."""
         try:
             self._require_time()
-            results = [_result(*one) for one in zip(prepared.images, prepared.options, inferred, strict=True)]
+            results = _results(prepared, inferred)
+            if isinstance(results, ServiceError):
+                raise results
             request = prepared.request
             return render_results(
                 results, request.reply_format, self.model_description, listed=prepared.listed, infer=request.infer
             )
         except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
             return _render_exception(error, as_text=prepared.request.infer is not None)
+
+
+def _results(prepared: PreparedRequest, inferred: Sequence[Inferred | ServiceError]) -> list[Result] | ServiceError:
+    """Put together what is known of one request's images."""
+    try:
+        return [_result(*one) for one in zip(prepared.images, prepared.options, inferred, strict=True)]
+    except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
+        return _service_error(error)
 
 
 def _result(image: PreparedImage, options: Options, inferred: Inferred | ServiceError) -> Result:
@@ -233,10 +269,15 @@ def _split(pairs: Sequence[tuple[PreparedImage, Options]]) -> Iterator[list[tupl
 
 
 def _render_exception(error: Exception, *, as_text: bool = False) -> Reply:
-    """Write what a client gets to know of an error: its own mistake, or that there is a defect here."""
-    shown = error if isinstance(error, ServiceError) else _internal_error(error)
+    """Write the reply to an error."""
+    shown = _service_error(error)
     shown.as_text = shown.as_text or as_text
     return render_error(shown)
+
+
+def _service_error(error: Exception) -> ServiceError:
+    """Give an error as a client gets to know it: its own mistake, or that there is a defect here."""
+    return error if isinstance(error, ServiceError) else _internal_error(error)
 
 
 def _internal_error(error: Exception) -> InternalError:
