@@ -28,13 +28,18 @@ from scripts.bulk.explainer_process import join_batch
 
 PROGRAM = Path(__file__).with_name("explainer_process.py")
 START_TIMEOUT_S = 180  # importing torch from a cold disk, and starting CUDA, take most of them
-STARTS = 3  # tried in a row, as memory may be short for a while
+STARTS = 5  # tried in a row, as memory may be short for a while
 LOG_LINES_SHOWN = 8
 DEATHS = 2  # by one image alone, until it counts as what killed the process; one may have another cause
+START_PAUSE_S = 0.5  # before the next start
 SEND_TIMEOUT_S = 60
 SENT_AHEAD = 1  # batches that lie at the process while it answers another, so that it never waits
 
 Item = bytes | ImageProblem  # an image file, or why there is none
+
+
+class _NotLoaded(Exception):
+    """The process ended before it had loaded the archive."""
 
 
 class _ProcessEnded(Exception):
@@ -191,25 +196,32 @@ class Explainer:
         return pa.ipc.open_stream(content).read_next_batch()
 
     def _restart(self) -> None:
-        """Start the process anew, if need be more than once.
+        """Start the process anew.
 
         Raises:
-            BulkError: it does not start.
+            BulkError: it does not start, more than once.
+        """
+        self.close()
+        self._start()
+
+    def _start(self) -> Description:
+        """Start the process, more than once where it does not load the archive.
+
+        Raises:
+            BulkError: it does not load the archive, or the archive does not take the options.
         """
         for left in reversed(range(STARTS)):
-            self.close()
             if self._is_stopped:
                 raise Stopped
             try:
-                self._start()
-            except BulkError:
+                return self._start_once()
+            except _NotLoaded as error:
                 if not left:
-                    raise
-                time.sleep(1)
-            else:
-                return
+                    raise BulkError(str(error)) from error
+                time.sleep(START_PAUSE_S)
+        raise AssertionError
 
-    def _start(self) -> Description:
+    def _start_once(self) -> Description:
         model_dir, headers, gpu = self._arguments
         here, there = socket.socketpair()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -237,11 +249,11 @@ class Explainer:
         """Wait until the process has loaded the archive, and says what it gives."""
         try:
             if not self._connection.poll(START_TIMEOUT_S):
-                raise BulkError(f"the archive was not loaded within {START_TIMEOUT_S} s; see {self._log_file}")
+                raise _NotLoaded(f"the archive was not loaded within {START_TIMEOUT_S} s; see {self._log_file}")
             content: dict[str, Any] = json.loads(self._connection.recv_bytes())
         except (EOFError, OSError) as error:
             ended = _how_it_ended(self._process.wait())
-            raise BulkError(f"the archive cannot be loaded; its process ended {ended}:\n{self._log_tail()}") from error
+            raise _NotLoaded(f"the archive cannot be loaded; its process ended {ended}:\n{self._log_tail()}") from error
         if "error" in content:
             raise BulkError(content["error"])
         schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(content["schema"])))
