@@ -295,7 +295,7 @@ def test_folders_are_read_once_whatever_links_there_are(tmp_path: Path) -> None:
 
 def test_names_that_are_no_text_keep_their_bytes(archive: Path, tmp_path: Path) -> None:
     name = os.fsencode(tmp_path) + b"/seven\xff.png"
-    shutil.copy(SAMPLE_FILES[36], name)
+    shutil.copy(SAMPLE_FILES[36], os.fsdecode(name))
     shutil.copy(SAMPLE_FILES[0], tmp_path / "new\nline é.png")
     assert explain([tmp_path], archive, tmp_path.with_name("out of names")) == 0
     rows = table_of(tmp_path.with_name("out of names")).select(["path", "path_bytes", "class"]).to_pylist()
@@ -533,9 +533,8 @@ def test_two_jobs_do_not_share_a_folder(archive: Path, tmp_path: Path, capsys: p
 def test_a_disk_without_room_ends_the_job_in_a_sentence(archive: Path, tmp_path: Path) -> None:
     """A limit on a file's size stands for the disk's: the write fails alike."""
     folder = copy_samples(tmp_path / "images", 300)
-    command = [sys.executable, "-m", "scripts.bulk", folder, "--archive", archive, "--output", tmp_path / "out", *ONE_PROCESS]
     finished = subprocess.run(
-        command,
+        [sys.executable, "-m", "scripts.bulk", folder, "--archive", archive, "--output", tmp_path / "out", *ONE_PROCESS],
         cwd=ROOT,
         capture_output=True,
         text=True,
