@@ -4,13 +4,13 @@ DATA_DIR ?= build/data
 ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
-LOCKS := tests/requirements.txt scripts/bench/peers/requirements.txt tests/requirements-fuzz.txt tests/requirements-clients.txt .github/requirements-audit.txt
+LOCKS := tests/requirements.txt serve_config/cluster/requirements.txt scripts/bench/peers/requirements.txt tests/requirements-fuzz.txt tests/requirements-clients.txt .github/requirements-audit.txt
 COMPILE = $(BIN)/uv pip compile --universal --generate-hashes --no-header --quiet $(ARGS)
 SOURCES := $(wildcard handler/*.py handler/*/*.py scripts/packaging/*.py scripts/*.py) model/network.py model/weights.safetensors \
            serve_config/model-config.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test test-long test-all lint format package accuracy evaluate load soak benchmark sweep scale gpu fuzz train \
+.PHONY: help setup serve demo test test-long test-all lint format package image manifests accuracy evaluate load soak benchmark sweep scale gpu fuzz train \
         digits drawings classes localise lock audit sbom clean
 .DELETE_ON_ERROR:
 
@@ -46,6 +46,12 @@ format: .venv/.installed-dev ## let ruff lay out the code
 	$(BIN)/ruff format
 
 package: build/digits.mar ## build build/digits.mar
+
+image: .venv/.installed ## build the container with docker, podman or buildah; ARGS="--device cuda" (--help shows all)
+	$(BIN)/python -m scripts.cluster.image $(ARGS)
+
+manifests: .venv/.installed-dev ## check the Kubernetes manifests of serve_config/cluster; needs no cluster
+	$(BIN)/python -m scripts.cluster.check $(ARGS)
 
 accuracy: build/digits.mar ## send MNIST's test images through HTTP, plain and as photographs; DATA_DIR=... where they are
 	$(BIN)/python -m scripts.research.accuracy --data-dir $(DATA_DIR) $(ARGS)
@@ -97,6 +103,7 @@ localise: .venv/.installed-dev ## find digits in photographs by their saliency m
 lock: .venv/.installed-dev ## pin pyproject.toml's packages with hashes, each where it is used; ARGS=--upgrade takes newer versions
 	$(COMPILE) pyproject.toml -o requirements.txt
 	$(COMPILE) pyproject.toml --group dev --constraint requirements.txt -o tests/requirements.txt
+	printf 'torch ; python_version < "3"\ntorchvision ; python_version < "3"\n' | $(COMPILE) pyproject.toml --group image --overrides - --constraint requirements.txt -o serve_config/cluster/requirements.txt
 	$(COMPILE) --group peers --constraint tests/requirements.txt -o scripts/bench/peers/requirements.txt
 	$(COMPILE) --group fuzz -o tests/requirements-fuzz.txt
 	$(COMPILE) --group clients -o tests/requirements-clients.txt

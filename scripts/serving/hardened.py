@@ -20,6 +20,7 @@ KEY_FILE = "key_file.json"  # TorchServe writes it into the folder that it is st
 TOKENS_ON = "disable_token_authorization=false"  # a line of config.properties
 RSA_KEY = bytes.fromhex("2a864886f70d010101")  # rsaEncryption in DER: stands in certificates of RSA keys, and in no others
 FIRST_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
+SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 TLS_TIMEOUT_S = 10
 
 
@@ -62,15 +63,16 @@ def verify_checksum(content: bytes, archive: Path, expected: str | None, *, requ
     Args:
         content: the archive's bytes.
         archive: its path.
-        expected: hexadecimal, in any letter case; None for the file beside the archive.
+        expected: hexadecimal, in any letter case, or a file with it, as sha256sum writes them; None for the file beside the
+            archive.
         required: whether there must be an expected one.
     Raises:
         HardeningError: they differ, or there is none though one is required.
     """
     source = "--archive-sha256"
-    beside = checksum_file_of(archive)
-    if expected is None and beside.is_file():
-        expected, source = beside.read_text().partition(" ")[0].strip(), str(beside)
+    file = checksum_file_of(archive) if expected is None else Path(expected)
+    if not SHA256.fullmatch(str(file)) and file.is_file():
+        expected, source = file.read_text().partition(" ")[0].strip(), str(file)
     if expected is None:
         if required:
             raise HardeningError(f"there is no checksum of {archive}: give --archive-sha256, or build it with make package")

@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--archive-sha256",
         metavar="HEX",
-        help="the archive's expected SHA-256; default: the one in ARCHIVE.sha256",
+        help="the archive's expected SHA-256, or a file with it, as sha256sum writes them; default: the file ARCHIVE.sha256",
     )
     hardened = parser.add_argument_group("a server that others can reach", "needs --hardened, --certificate and --private-key")
     hardened.add_argument("--hardened", action="store_true", help="TLS, tokens, a checked archive, least privileges")

@@ -26,7 +26,12 @@ from tests.servers import wait_for, workers_of
 
 IMAGE = SAMPLE_FILES[36].read_bytes()
 PROMETHEUS_FOLDER = SERVE_CONFIG / "prometheus"
-RULES: list[dict[str, Any]] = yaml.safe_load((PROMETHEUS_FOLDER / "alerts.yml").read_text())["groups"][0]["rules"]
+RULES: list[dict[str, Any]] = [
+    rule
+    for file in ("alerts.yml", "autoscaling.yml")
+    for group in yaml.safe_load((PROMETHEUS_FOLDER / file).read_text())["groups"]
+    for rule in group["rules"]
+]
 DASHBOARD: dict[str, Any] = json.loads((SERVE_CONFIG / "grafana" / "dashboard.json").read_text())
 WAIT_S = 120
 NAMELESS = b"--x\r\nContent-Disposition: form-data\r\n\r\n1\r\n--x--\r\n"  # a field to which the frontend itself says 500
@@ -313,7 +318,9 @@ def test_every_query_of_dashboard_and_alerts_has_an_answer(json_server: TorchSer
     [
         ["check", "config", "prometheus.yml"],
         ["check", "rules", "--lint=all", "--lint-fatal", "alerts.yml"],
+        ["check", "rules", "--lint=all", "--lint-fatal", "autoscaling.yml"],
         ["test", "rules", "alerts.test.yml"],
+        ["test", "rules", "autoscaling.test.yml"],
     ],
     ids=" ".join,
 )

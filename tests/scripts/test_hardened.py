@@ -64,6 +64,15 @@ def test_the_checksum_given_stands_above_the_file(tmp_path: Path) -> None:
         verify_checksum(b"other", archive, SHA256, required=True)
 
 
+@pytest.mark.parametrize("written", [f"{SHA256}  digits.mar\n", SHA256.upper()], ids=["as sha256sum writes it", "alone"])
+def test_the_checksum_given_may_stand_in_a_file(written: str, tmp_path: Path) -> None:
+    sums = tmp_path / "sums"
+    sums.write_text(written)
+    verify_checksum(ARCHIVE, tmp_path / "digits.mar", str(sums), required=True)
+    with pytest.raises(HardeningError, match=rf"expected SHA-256 '{SHA256}' \(.*sums\)" if "digits" in written else "sums"):
+        verify_checksum(ARCHIVE + b"!", tmp_path / "digits.mar", str(sums), required=True)
+
+
 def test_a_checksum_is_required_only_where_the_server_is_hardened(tmp_path: Path) -> None:
     verify_checksum(ARCHIVE, tmp_path / "digits.mar", None, required=False)
     with pytest.raises(HardeningError, match="there is no checksum of"):

@@ -1,0 +1,1 @@
+"""More than one machine: build the image, check the manifests, simulate the autoscaler."""
