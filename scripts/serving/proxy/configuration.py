@@ -7,12 +7,14 @@ Written for Envoy 1.40, see https://www.envoyproxy.io/docs/envoy/v1.40.0/.
 """
 
 import json
+import re
 import socket
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import yaml
 
@@ -54,9 +56,10 @@ ERRORS = {
     408: ("RequestTimeout", f"expected a whole request within {REQUEST_TIMEOUT_S} s"),
     413: ("RequestTooLarge", f"expected at most {MAX_BODY_BYTES} bytes in a body, got more"),
     417: ("ExpectationFailed", "expected no Expect header but '100-continue'"),
-    426: ("UpgradeRequired", "expected HTTP/1.1 or HTTP/2"),
+    426: ("UpgradeRequired", "expected version 1.1 or 2 of HTTP"),
     429: ("TooManyRequests", "expected fewer requests a second from this address; try again"),
     431: ("HeadersTooLarge", f"expected at most {MAX_HEADERS} headers with {MAX_HEADER_KIB} KiB in all, got more"),
+    501: ("NotImplemented", "expected no Transfer-Encoding but 'chunked'"),
     502: ("BadGateway", "the server gave a reply that cannot be read; try again"),
     503: ("Overloaded", "no server takes requests now; try again"),
     504: ("GatewayTimeout", f"the server gave no reply within {REPLY_TIMEOUT_S} s"),
@@ -231,7 +234,15 @@ def _connection_manager(front: Front) -> dict[str, Any]:
         "route_config": {
             "name": "api",
             "virtual_hosts": [
-                {"name": "api", "domains": ["*"], "request_body_buffer_limit": MAX_BODY_BYTES, "routes": _routes(front)}
+                {
+                    "name": "api",
+                    "domains": ["*"],
+                    "request_body_buffer_limit": MAX_BODY_BYTES,
+                    "routes": _routes(front),
+                    # Of no use to TorchServe.
+                    "request_headers_to_remove": ["te", "x-forwarded-for", "x-forwarded-proto", "x-envoy-external-address"],
+                    "response_headers_to_remove": ["x-worker-died"],
+                }
             ],
         },
         "local_reply_config": _local_replies(),
@@ -358,8 +369,8 @@ def _write_lua(value: str | int | None) -> str:
 
 
 def _routes(front: Front) -> list[dict[str, Any]]:
-    """The API's routes, and a refusal for everything else. Without `name` a route is not told apart in the log."""
-    model = front.model_name
+    """The API's routes, and a refusal for everything else. After the model's name TorchServe takes its version."""
+    model = quote(front.model_name)
     routes = [_refusal({"prefix": "/", "headers": [{"name": "expect", "present_match": True}]}, 417)]
     if front.grpc_upstreams:
         routes += [
@@ -371,10 +382,7 @@ def _routes(front: Front) -> list[dict[str, Any]]:
             for service in GRPC_SERVICES
         ]
     kinds: list[tuple[str, dict[str, Any]]] = [
-        ("predictions", {"path": f"/predictions/{model}"}),
-        ("predictions", {"path_separated_prefix": f"/predictions/{model}"}),
-        ("explanations", {"path": f"/explanations/{model}"}),
-        ("explanations", {"path_separated_prefix": f"/explanations/{model}"}),
+        *[(name, {"safe_regex": {"regex": f"/{name}/{re.escape(model)}(/[^/]+)?"}}) for name in ("predictions", "explanations")],
         *[("v1", {"path": f"/v1/models/{model}:{verb}"}) for verb in ("predict", "explain")],
         *[("v2", {"path": f"/v2/models/{model}/{verb}"}) for verb in ("infer", "explain")],
     ]
@@ -545,7 +553,7 @@ def _health_check(model_name: str, reference: ReferenceAnswer) -> dict[str, Any]
         "always_log_health_check_failures": False,
         "http_health_check": {
             "host": "front",
-            "path": f"/predictions/{model_name}",
+            "path": f"/predictions/{quote(model_name)}",
             "method": "POST",
             "request_headers_to_add": [{"header": {"key": "content-type", "value": "application/json"}}],
             "send": {"text": body.encode().hex()},

@@ -10,6 +10,6 @@ function envoy_on_response(handle)
   end
   local body = handle:body()
   if body and body:getBytes(0, body:length()):find('"message": "Worker died."', 1, true) then
-    headers:replace("x-worker-died", "true")
+    handle:headers():replace("x-worker-died", "true")
   end
 end
