@@ -41,22 +41,16 @@ WARNINGS_TYPE = pa.list_(pa.struct([("type", pa.string()), ("message", pa.string
 
 def main() -> None:
     """Answer batches until the other end closes the socket."""
-    from ts.model_loader import ModelLoaderFactory  # here: `explainer.py` imports this module, and not TorchServe and torch
-
     model_dir, connection = Path(sys.argv[1]).resolve(), Connection(int(sys.argv[2]))
     headers: dict[str, str] = json.loads(sys.argv[3])
     gpu = int(sys.argv[4]) if len(sys.argv) > 4 else None
     _end_with_parent()
-    manifest = json.loads((model_dir / "MAR-INF" / "MANIFEST.json").read_text())["model"]
-    loader = ModelLoaderFactory.get_model_loader()
-    service = loader.load(manifest["modelName"], str(model_dir), manifest["handler"], gpu_id=gpu, batch_size=1)
-    handler = service._entry_point.__self__  # the BaseHandler: TorchServe keeps only its bound method
+    handler, settings = load_handler(model_dir, gpu)
     try:
         columns = Columns(handler, headers, model_dir)
     except Refused as error:
         connection.send_bytes(json.dumps({"error": str(error)}).encode())
         return
-    settings = service.context.model_yaml_config or {}
     schema = columns.record_batch([]).schema
     description = {
         "schema": base64.b64encode(schema.serialize()).decode(),
@@ -79,6 +73,21 @@ def main() -> None:
         with pa.ipc.new_stream(sink, batch.schema) as stream:
             stream.write_batch(batch)
         connection.send_bytes(sink.getvalue())
+
+
+def load_handler(model_dir: Path, gpu: int | None) -> tuple[Any, dict[str, Any]]:
+    """Load an unpacked archive as a TorchServe worker does.
+
+    Returns:
+        its handler; and its model-config.yaml.
+    """
+    from ts.model_loader import ModelLoaderFactory  # here: `explainer.py` imports this module, and not TorchServe and torch
+
+    manifest = json.loads((model_dir / "MAR-INF" / "MANIFEST.json").read_text())["model"]
+    loader = ModelLoaderFactory.get_model_loader()
+    service = loader.load(manifest["modelName"], str(model_dir), manifest["handler"], gpu_id=gpu, batch_size=1)
+    handler = service._entry_point.__self__  # the BaseHandler: TorchServe keeps only its bound method
+    return handler, service.context.model_yaml_config or {}
 
 
 def _end_with_parent() -> None:

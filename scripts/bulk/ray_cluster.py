@@ -90,7 +90,7 @@ def run_on_ray(
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise BulkError(f"no Ray cluster answers at {resources.address!r}: {error}") from error
     try:
-        return _Cluster(ray, resources, ray.put(archive.read_bytes()), headers).run(job, shards, storage, batch_size, on_rows)
+        return Cluster(ray, resources, ray.put(archive.read_bytes()), headers).run(job, shards, storage, batch_size, on_rows)
     finally:
         ray.shutdown()
 
@@ -105,7 +105,7 @@ def _require_listener(address: str) -> None:
             raise BulkError(f"no Ray cluster answers at {address!r}: {error.strerror or error}") from error
 
 
-class _Cluster:
+class Cluster:
     """Keeps as many actors as the cluster has room for, and each of them busy with one shard."""
 
     def __init__(self, ray: Any, resources: Resources, archive: Any, headers: Mapping[str, str]) -> None:  # noqa: ANN401
@@ -114,12 +114,13 @@ class _Cluster:
         self._arguments = (archive, headers)
         need = {"num_gpus": 1, "num_cpus": 1} if resources.uses_gpus else {"num_cpus": 1}
         self._actor_class = ray.remote(**need, max_restarts=0)(ShardActor)
+        self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, Shard]] = {}  # by the reference of what an actor computes
 
     def run(self, job: Job, shards: Sequence[Shard], storage: Storage, batch_size: int, on_rows: OnRows) -> list[Outcome]:
         """Answer shards; see `run_on_ray`."""
         waiting = deque(shards)
-        idle: list[Any] = []
+        idle = self._idle
         losses: dict[int, int] = {}
         outcomes: list[Outcome] = []
         last_progress = time.monotonic()
