@@ -154,7 +154,9 @@ def run(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     with storage.hold() as own_folder:
         begun = read_job(storage)
-        images, notes = list_images(arguments.images, arguments.column)
+        images, notes = list_images(
+            arguments.images, arguments.column, storage.folder if isinstance(storage, LocalStorage) else None
+        )
         for note in notes:
             print(note, file=sys.stderr)
         if not images.num_rows:

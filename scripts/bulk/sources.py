@@ -40,6 +40,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".di
 COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2|txz)$")
 URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 BLOCK_BYTES = 512  # of a tar
+PIECE_BYTES = 1024 * 1024  # of a Parquet file that are read at once
 ROWS_READ = 32  # of a Parquet file at once
 TRIES = 3  # to read from a URL; the pause before each doubles
 PAUSE_S = 1.0
@@ -61,7 +62,8 @@ class _List:
     notes: list[str] = field(default_factory=list)
     column: str | None = None  # of Parquet files, where one is named
     files: set[bytes] = field(default_factory=set)
-    folders: set[tuple[int, int]] = field(default_factory=set)
+    folders: set[tuple[int, int]] = field(default_factory=set)  # that were read, by device and number
+    output: tuple[int, int] | None = None
     twice_count: int = 0
     linked_count: int = 0
     field_count: int = 0  # members of tars beside images
@@ -80,18 +82,21 @@ class _List:
         self.append(file, PROBLEM, None, None, None, problem)
 
 
-def list_images(arguments: Sequence[str], column: str | None = None) -> tuple[pa.Table, list[str]]:
+def list_images(arguments: Sequence[str], column: str | None = None, output: Path | None = None) -> tuple[pa.Table, list[str]]:
     """List all images that are named, in the order of the arguments, and by name in each folder.
 
     Args:
         arguments: paths, glob patterns and URLs.
         column: of the images in Parquet files; None to find it.
+        output: a folder that is left out, wherever it lies.
     Returns:
         a table of IMAGES_SCHEMA; and sentences for a person.
     Raises:
         BulkError: an argument names nothing, a Parquet file has no such column, or a URL cannot be opened.
     """
     found = _List(column=column)
+    if output is not None:
+        found.output = _identity_of(output.stat())
     for argument in arguments:
         before = len(found.columns["file"]) + found.twice_count
         (_list_url if URL.match(argument) else _list_local)(argument, found)
@@ -135,11 +140,14 @@ def _list_folder(top: Path, found: _List) -> None:
     while waiting:
         folder = waiting.pop()
         try:
-            status = folder.stat()
-            if (status.st_dev, status.st_ino) in found.folders:
+            identity = _identity_of(folder.stat())
+            if identity == found.output:
+                found.notes.append(f"the output folder {folder} is left out")
+                continue
+            if identity in found.folders:
                 found.linked_count += 1
                 continue
-            found.folders.add((status.st_dev, status.st_ino))
+            found.folders.add(identity)
             with os.scandir(folder) as entries:
                 ordered = sorted(entries, key=lambda entry: os.fsencode(entry.name))
         except OSError as error:
@@ -156,6 +164,11 @@ def _list_folder(top: Path, found: _List) -> None:
             else:
                 _list_file(os.fsencode(entry.path), found)
         waiting += reversed(subfolders)
+
+
+def _identity_of(status: os.stat_result) -> tuple[int, int]:
+    """Tell a folder from others, whatever its names."""
+    return status.st_dev, status.st_ino
 
 
 def _list_url(argument: str, found: _List) -> None:
@@ -365,7 +378,8 @@ def _read_rows(file: bytes, places: Sequence[int], column: str | None) -> Iterat
     """Read rows of a Parquet file that follow each other."""
     given = 0
     try:
-        with open_source(file) as opened, pq.ParquetFile(opened) as parquet:
+        # Without `pre_buffer`, a piece is read at a time, and not a whole row group, which may hold all of a data set.
+        with open_source(file) as opened, pq.ParquetFile(opened, buffer_size=PIECE_BYTES, pre_buffer=False) as parquet:
             name = find_image_column(parquet.schema_arrow, column)
             starts, row_groups, start = [], [], 0
             for group in range(parquet.metadata.num_row_groups):

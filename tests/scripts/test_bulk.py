@@ -27,6 +27,8 @@ from handler.protocol.options import OPTIONS
 from handler.protocol.request import parse_request
 from scripts.bulk.command import OF_A_REPLY, build_parser, main
 from scripts.bulk.explainer_process import join_batch, split_batch
+from scripts.bulk.mean_maps import main as draw_mean_maps
+from scripts.bulk.mean_maps import mean_maps
 from scripts.bulk.sources import IMAGES_SCHEMA, list_images, read_images
 from scripts.packaging.package import build_archive, read_archive, write_archive
 from scripts.paths import MODEL_CONFIG, ROOT, SAMPLE_FILES
@@ -510,6 +512,14 @@ def test_another_job_in_the_same_folder_is_refused(archive: Path, tmp_path: Path
     assert f"{folder}/0001.png is gone" in printed
 
 
+def test_an_output_folder_among_the_images_is_left_out(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy_samples(tmp_path / "images", 3)
+    for _ in range(2):
+        assert explain([folder], archive, folder / "out") == 0
+        assert f"the output folder {folder}/out is left out" in capsys.readouterr().err
+    assert table_of(folder / "out").num_rows == 3
+
+
 def test_a_file_that_is_damaged_later_is_made_again(archive: Path, tmp_path: Path) -> None:
     folder = copy_samples(tmp_path / "images", 3)
     assert explain([folder], archive, tmp_path / "out") == 0
@@ -560,3 +570,16 @@ def test_a_batch_is_taken_apart_as_it_was_put_together() -> None:
 def test_a_table_of_images_keeps_its_schema(tmp_path: Path) -> None:
     images, _ = list_images([str(SAMPLE_FILES[0])])
     assert images.schema == IMAGES_SCHEMA
+
+
+def test_the_mean_maps_of_an_output_are_drawn(archive: Path, tmp_path: Path) -> None:
+    assert explain(SAMPLE_FILES[:10], archive, tmp_path / "out") == 0
+    means = mean_maps(tmp_path / "out")
+    table = table_of(tmp_path / "out")
+    maps = table["saliency"].combine_chunks().to_numpy_ndarray()
+    assert sorted(means) == sorted(set(table["class"].to_pylist())) == [0, 1]
+    np.testing.assert_allclose(means[1], maps[5:].mean(axis=0), rtol=1e-5, atol=1e-7)
+    drawing = tmp_path / "means.png"
+    assert draw_mean_maps([str(tmp_path / "out"), "--output", str(drawing)]) == 0
+    assert Image.open(drawing).size[0] > 2 * 96
+    assert draw_mean_maps([str(tmp_path / "nothing"), "--output", str(drawing)]) == 1
