@@ -38,7 +38,7 @@ def test_a_node_that_is_lost_costs_no_row_and_makes_none_twice(cluster: Any, arc
         (folder / f"{index:05d}.png").write_bytes(SAMPLE_FILES[index % len(SAMPLE_FILES)].read_bytes())
     for index in range(BAD):
         (folder / f"{index:05d} bad.png").write_bytes(b"no image")
-    command = [sys.executable, "-m", "scripts.bulk", folder, "--archive", archive, "--output", output]
+    command = [sys.executable, "-m", "scripts.bulk", str(folder), "--archive", str(archive), "--output", str(output)]
     job = subprocess.Popen(
         [*command, "--ray", cluster.address, "--shard-size", str(SHARD_SIZE)],
         cwd=ROOT,
