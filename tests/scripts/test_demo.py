@@ -2,13 +2,12 @@
 
 import contextlib
 import http.client
-import http.server
 import json
 import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,79 +18,16 @@ import requests
 from scripts.demo import page
 from scripts.demo.command import build_parser, main, read_served_model
 from scripts.demo.page import STATIC, PageError, ServedModel, serving_page
+from tests.upstream import ANSWER, DESCRIPTION, Asked, Upstream, free_port
 
 TIMEOUT_S = 20
 TOKEN = "AbCd1234"
-ANSWER = {"digit": 7}
-DESCRIPTION = [{"customizedMetadata": {"class_count": 10}}]
-
-
-class Upstream(http.server.ThreadingHTTPServer):
-    """A model's server: inference and management in one. Keeps what it was asked, and answers as it is told to."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        self.forget()
-        super().__init__(("127.0.0.1", 0), _Answering)
-
-    def forget(self) -> None:
-        """Begin anew."""
-        self.asked: list[tuple[str, str, dict[str, str], bytes]] = []
-        self.ended: list[float] = []  # seconds from a request to the end of its connection, where it was ended unanswered
-        self.answer: Callable[[str, dict[str, str]], tuple[int, object]] = lambda path, headers: (
-            200,
-            DESCRIPTION if path.startswith("/models/") else ANSWER,
-        )
-        self.delay_s = 0.0
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Answering(http.server.BaseHTTPRequestHandler):
-    server: Upstream
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        self.server.asked.append((self.command, self.path, headers, body))
-        self._wait()
-        status, content = self.server.answer(self.path, headers)
-        encoded = content if isinstance(content, bytes) else json.dumps(content).encode()
-        with contextlib.suppress(ConnectionError):
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(encoded)))
-            self.send_header("Set-Cookie", f"token={TOKEN}")
-            self.end_headers()
-            self.wfile.write(encoded)
-
-    do_GET = do_POST  # noqa: N815
-
-    def _wait(self) -> None:
-        """Take as long as it was told to, but notice a client that leaves."""
-        started = time.monotonic()
-        self.connection.settimeout(0.02)
-        while time.monotonic() - started < self.server.delay_s:
-            with contextlib.suppress(TimeoutError, ConnectionError):
-                if self.connection.recv(1, socket.MSG_PEEK) == b"":
-                    self.server.ended.append(time.monotonic() - started)
-                    return
-        self.connection.settimeout(None)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")
 def model_server() -> Iterator[Upstream]:
-    with Upstream() as running:
-        thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
-        thread.start()
+    with Upstream().running() as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -104,13 +40,6 @@ def upstream(model_server: Upstream) -> Upstream:
 def address(model_server: Upstream) -> Iterator[str]:
     with serving_page(ServedModel(model_server.address, "digits", model_server.address), free_port()) as served:
         yield served.rstrip("/")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def ask(address: str, method: str = "POST", path: str = "/explanation", **more: Any) -> requests.Response:
@@ -131,14 +60,14 @@ def test_page_s_own_script_gets_the_model_s_answer_and_nothing_else_of_it(addres
     reply = ask(address, data=b'{"data": 1}', headers={"Cookie": "a=b", "X-Anything": "c"})
     assert (reply.status_code, reply.json()) == (200, ANSWER)
     assert "set-cookie" not in reply.headers
-    ((method, path, headers, body),) = upstream.asked
-    assert (method, path, body) == ("POST", "/explanations/digits", b'{"data": 1}')
-    assert not headers.keys() & {"cookie", "x-anything", "origin", "authorization"}
+    (asked,) = upstream.asked
+    assert (asked.method, asked.path, asked.body) == ("POST", "/explanations/digits", b'{"data": 1}')
+    assert not asked.headers.keys() & {"cookie", "x-anything", "origin", "authorization"}
 
 
 def test_description_comes_from_the_management_api(address: str, upstream: Upstream) -> None:
     assert ask(address, "GET", "/description", data=None).json() == {"class_count": 10}
-    assert upstream.asked[0][:2] == ("GET", "/models/digits?customized=true")
+    assert (upstream.asked[0].method, upstream.asked[0].path) == ("GET", "/models/digits?customized=true")
 
 
 @pytest.mark.parametrize(
@@ -258,7 +187,7 @@ def test_body_that_is_too_large_is_refused_before_it_is_read(
 
 def test_reply_that_is_too_large_is_no_answer(address: str, upstream: Upstream, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "MAX_REPLY_BYTES", 100)
-    upstream.answer = lambda *_: (200, {"a": "a" * 200})
+    upstream.answer = lambda _: (200, {"a": "a" * 200})
     assert error_of(ask(address)) == (502, "NotThisService")
 
 
@@ -305,13 +234,13 @@ def test_question_that_the_page_takes_back_is_taken_back_from_the_model(address:
 def test_reply_that_is_no_answer_says_what_it_is(
     address: str, upstream: Upstream, answer: tuple[int, object], expected: tuple[int, str]
 ) -> None:
-    upstream.answer = lambda *_: answer
+    upstream.answer = lambda _: answer
     assert error_of(ask(address)) == expected
 
 
 def test_error_of_the_model_goes_through_as_it_is(address: str, upstream: Upstream) -> None:
     error = {"error": {"code": 422, "type": "BlankImage", "message": "expected a digit"}}
-    upstream.answer = lambda *_: (422, error)
+    upstream.answer = lambda _: (422, error)
     reply = ask(address)
     assert (reply.status_code, reply.json()) == (422, error)
 
@@ -344,9 +273,9 @@ def test_token_stays_here_and_is_read_again_when_it_is_refused(upstream: Upstrea
     keys = {"inference": {"key": "old1"}, "management": {"key": TOKEN + "m"}}
     key_file.write_text(json.dumps(keys))
 
-    def answer(path: str, headers: dict[str, str]) -> tuple[int, object]:
-        role = "m" if path.startswith("/models/") else ""
-        if headers.get("authorization") != f"Bearer {TOKEN}{role}":
+    def answer(asked: Asked) -> tuple[int, object]:
+        role = "m" if asked.path.startswith("/models/") else ""
+        if asked.headers.get("authorization") != f"Bearer {TOKEN}{role}":
             keys["inference"]["key"] = TOKEN  # renewed while the old one is on its way
             key_file.write_text(json.dumps(keys))
             return 400, {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed"}
@@ -366,7 +295,7 @@ def test_token_stays_here_and_is_read_again_when_it_is_refused(upstream: Upstrea
         assert error_of(replies[-1]) == (401, "NoToken")
         for reply in replies:
             assert TOKEN not in reply.text + str(reply.headers)
-    assert [headers["authorization"] for *_, headers, _ in upstream.asked][:2] == ["Bearer old1", f"Bearer {TOKEN}"]
+    assert [asked.headers["authorization"] for asked in upstream.asked][:2] == ["Bearer old1", f"Bearer {TOKEN}"]
 
 
 # --- the command line

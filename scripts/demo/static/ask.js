@@ -45,10 +45,15 @@ export async function fetchJson(path, options = {}) {
 export class Asker {
   /**
    * @param question makes the newest request: { body, ... }, or null where there is nothing to ask.
-   * @param told { answer(content, question, text), refused(refusal), slow(isSlow) }
+   * @param told { answer(content, question, text), refused(refusal), slow(isSlow), busy() }
    */
   constructor(question, told) {
     Object.assign(this, { question, told, flight: null, isDirty: false, retryTimer: 0, retryMs: 0 });
+  }
+
+  /** Whether an answer is waited for. */
+  get isBusy() {
+    return this.flight !== null || this.retryTimer !== 0 || this.isDirty;
   }
 
   /** The drawing goes on: ask once what is on its way has been answered. */
@@ -74,6 +79,7 @@ export class Asker {
     this.flight = null;
     this.isDirty = false;
     this.startedAt = undefined;
+    this.told.busy();
   }
 
   async #send(startedAt) {
@@ -82,6 +88,7 @@ export class Asker {
     question.startedAt = startedAt;
     const flight = new AbortController();
     this.flight = flight;
+    this.told.busy();
     const slow = setTimeout(() => this.told.slow(true), SLOW_MS);
     const signal = AbortSignal.any([flight.signal, AbortSignal.timeout(TIMEOUT_MS)]);
     try {
@@ -107,6 +114,7 @@ export class Asker {
     } finally {
       clearTimeout(slow);
       if (!this.flight || this.flight === flight) this.told.slow(false);
+      this.told.busy();
     }
   }
 

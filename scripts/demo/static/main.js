@@ -9,7 +9,7 @@ import { Options } from "./options.js";
 import { Paper } from "./paper.js";
 import { curlCommand, decodeStrokes, encodeStrokes, MAX_LINK_CHARACTERS, UnreadableLink } from "./share.js";
 import { WhatIf } from "./what_if.js";
-import { percent, plain, short, signed, wordsFor } from "./words.js";
+import { percent, plain, short, signed, spoken, wordsFor } from "./words.js";
 
 const MANY_CLASSES = 12; // with more, the likeliest are shown
 const DRAWN_SIDE = 112; // pixels of the longer side of a drawing that is sent, about: more takes the server longer
@@ -21,7 +21,7 @@ const GREY = { diverging: true, colours: ["#2166ac", "#f7f7f7", "#b2182b"] }; //
 
 const paper = new Paper(byId("paper"), byId("cursor"));
 const options = new Options(byId("main-options"), byId("more-options"), (isAsked) => (isAsked ? ask() : show()));
-const whatIf = new WhatIf({ classNames: () => names(), options: () => options.request(), explained: () => explained(), announce });
+const whatIf = new WhatIf({ classNames: () => names(), options: () => options.request(), explained: () => explained(), announce, busy: showBusy });
 const asker = new Asker(question, {
   answer: answered,
   refused,
@@ -29,6 +29,7 @@ const asker = new Asker(question, {
     if (isSlow) showState({ kind: "wait", title: "Waiting for the answer …", text: "The model's server is slow." });
     else if (shownState?.title.startsWith("Waiting")) showState(null);
   },
+  busy: showBusy,
 });
 
 let settings = { model: "", url: "", curl: ["curl --json", ""] };
@@ -110,7 +111,8 @@ function answered(content, itsQuestion, text) {
 
 function refused(refusal) {
   const words = wordsFor(refusal.state, refusal.message);
-  if (refusal.state === "Refused" || words.kind === "you") forget();
+  if (words.kind === "you") forget();
+  else if (reply) say(byId("time"), "This is the answer to an earlier drawing.");
   showState(words);
 }
 
@@ -130,7 +132,7 @@ function forget() {
 }
 
 const announceAnswer = debounced(() => {
-  if (reply) announce(`The network reads ${names()[read()]}, ${percent(reply.probabilities[read()])}.`);
+  if (reply) announce(`The network reads ${names()[read()]}, ${spoken(percent(reply.probabilities[read()]))}.`);
 }, SAY_AFTER_MS);
 
 function announce(text) {
@@ -138,6 +140,10 @@ function announce(text) {
 }
 
 // --- what is shown
+
+function showBusy() {
+  document.querySelector("main").setAttribute("aria-busy", String(asker.isBusy || whatIf.asker.isBusy));
+}
 
 function showState(words) {
   shownState = words;

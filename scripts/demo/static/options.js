@@ -18,7 +18,7 @@ export class Options {
   /** Build all controls anew. Values that were chosen before and still fit stay. */
   describe(description) {
     const former = this.values;
-    for (const { label } of this.controls.values()) label.remove();
+    for (const { field } of this.controls.values()) field.remove();
     this.controls.clear();
     this.description = description;
     this.values = {};
@@ -32,11 +32,11 @@ export class Options {
       if (!control) continue;
       const note = element("span", { className: "note", id: `note-${name}` }, name === "method" ? "" : text.replaceAll("`", ""));
       control.setAttribute("aria-describedby", note.id);
-      const label = element("label", {}, capitalised(plain(name)), control, note);
+      const field = element("div", { className: "field" }, element("label", { htmlFor: control.id }, capitalised(plain(name))), control, note);
       const isOften = name === "method" || parameters.has(name) || OFTEN_USED.has(name);
       if (OFTEN_USED.has(name)) note.className = "hidden";
-      (isOften ? this.main : this.more).append(label);
-      this.controls.set(name, { control, label, note, schema });
+      (isOften ? this.main : this.more).append(field);
+      this.controls.set(name, { control, field, note, schema });
     }
     for (const [name, value] of Object.entries(former)) this.set(name, value);
     this.#fit();
@@ -73,8 +73,8 @@ export class Options {
   #fit(changed = "") {
     const method = this.description.methods[this.values.method];
     const all = new Set(Object.values(this.description.methods).flatMap((one) => Object.keys(one.parameters)));
-    for (const [name, { label, note }] of this.controls) {
-      label.hidden = all.has(name) && !(name in (method?.parameters ?? {}));
+    for (const [name, { field, note }] of this.controls) {
+      field.hidden = all.has(name) && !(name in (method?.parameters ?? {}));
       if (name === "method") note.textContent = method?.description ?? "";
     }
     // Signed numbers need colours that diverge.
@@ -104,8 +104,8 @@ export class Options {
   /** What the request has to say: what is not the default, of the chosen method. */
   request() {
     const asked = {};
-    for (const [name, { schema, label }] of this.controls) {
-      if (DRAWN_HERE.includes(name) || label.hidden) continue;
+    for (const [name, { schema, field }] of this.controls) {
+      if (DRAWN_HERE.includes(name) || field.hidden) continue;
       if (this.values[name] !== schema.default) asked[name] = this.values[name];
     }
     return asked;

@@ -9,13 +9,14 @@ import { percent, short, signed, wordsFor } from "./words.js";
 const PER_INTENSITY = "per unit of intensity";
 
 export class WhatIf {
-  /** @param page { classNames(), options() of the request, explained() class or null, announce(text) } */
+  /** @param page { classNames(), options() of the request, explained() class or null, announce(text), busy() } */
   constructor(page) {
     Object.assign(this, { page, base: null, map: null, changed: null, byHand: false, at: 0 });
     this.asker = new Asker(() => this.#question(), {
       answer: (content, question) => this.#answered(content, question),
       refused: (refusal) => this.#verdict(wordsFor(refusal.state, refusal.message)),
       slow: () => {},
+      busy: () => page.busy(),
     });
     for (const id of ["goal", "goal-class", "action"]) byId(id).addEventListener("change", () => this.#choose());
     byId("count").addEventListener("input", () => this.#choose());

@@ -59,6 +59,9 @@ export const percent = (share) => {
   return `${(100 * share).toFixed(1)} %`;
 };
 
+/** A percentage as it is read aloud. */
+export const spoken = (text) => text.replace(">", "over").replace("<", "under").replace(" %", " percent");
+
 /** A number with its sign, three significant digits. */
 export const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "") + short(Math.abs(value));
 
