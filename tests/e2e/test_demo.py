@@ -375,19 +375,15 @@ def test_camera_gives_a_photograph(open_page: Open) -> None:
     page.click("#undo")
 
 
-@pytest.mark.parametrize(
-    ("content", "kind", "title"),
-    [
+def test_file_that_is_no_image_is_said_to_be_none(open_page: Open) -> None:
+    page = open_page()
+    for content, kind, title in [
         (b"", "", "There is no image in that."),
         (b"no image", "image/png", "This browser cannot show that file."),
         (b"%PDF-1.4", "application/pdf", "This browser cannot show that file."),
-    ],
-    ids=["nothing", "damaged", "PDF"],
-)
-def test_file_that_is_no_image_is_said_to_be_none(open_page: Open, content: bytes, kind: str, title: str) -> None:
-    page = open_page()
-    put_in(page, content, kind, "paste")
-    expect(page.locator("#state-title")).to_have_text(title)
+    ]:
+        put_in(page, content, kind, "paste")
+        expect(page.locator("#state-title")).to_have_text(title)
     settled(page, lambda: draw(page))
     expect(page.locator("#state")).to_be_hidden()
 
@@ -610,14 +606,13 @@ def test_link_holds_the_drawing_and_what_was_asked(open_page: Open) -> None:
     assert (first != second).mean() < 0.005
 
 
-@pytest.mark.parametrize(
-    "fragment", ["d=", "d=AQ", "d=%00", "d=" + "A" * 9000, "d=AQAB", "d=<script>alert(1)</script>&method=<b>"]
-)
-def test_link_that_holds_no_drawing_is_said_to_hold_none(open_page: Open, fragment: str) -> None:
-    page = open_page(path="#" + fragment)
-    expect(page.locator("#state-title")).to_have_text("This link holds no drawing that can be read.")
-    settled(page, lambda: draw(page))
-    assert answer_of(page) == "7"
+def test_link_that_holds_no_drawing_is_said_to_hold_none(open_page: Open) -> None:
+    for fragment in ("d=", "d=AQ", "d=%00", "d=" + "A" * 9000, "d=<script>alert(1)</script>&method=<b>", "d=AQAB"):
+        page = open_page(path="#" + fragment)
+        expect(page.locator("#state-title")).to_have_text("This link holds no drawing that can be read.")
+        settled(page, lambda page=page: draw(page))  # type: ignore[misc]
+        assert answer_of(page) == "7"
+        page.context.close()
 
 
 def test_copied_command_gives_the_same_answer(open_page: Open, relay: Upstream) -> None:
@@ -656,51 +651,33 @@ def test_png_and_json_are_saved(open_page: Open, tmp_path: Path) -> None:
 # --- states that people meet
 
 STATES = [
-    pytest.param(
-        (503, {"code": 503, "type": "ServiceUnavailableException", "message": "no worker"}),
-        "The model's server is busy.",
-        id="overloaded",
-    ),
-    pytest.param(
-        (503, {"error": {"code": 503, "type": "Overloaded", "message": "retry"}}),
-        "The model's server is busy.",
-        id="own overload",
-    ),
-    pytest.param(
+    ((503, {"code": 503, "type": "ServiceUnavailableException", "message": "no worker"}), "The model's server is busy."),
+    ((503, {"error": {"code": 503, "type": "Overloaded", "message": "retry"}}), "The model's server is busy."),
+    (
         (404, {"code": 404, "type": "ModelNotFoundException", "message": "Model not found: digits"}),
         "The server does not serve this model yet.",
-        id="not ready",
     ),
-    pytest.param(
-        (400, {"code": 400, "type": "InvalidKeyException", "message": "no"}), "The server refuses the token (401).", id="token"
-    ),
-    pytest.param((401, {}), "The server refuses the token (401).", id="a proxy's 401"),
-    pytest.param(
+    ((400, {"code": 400, "type": "InvalidKeyException", "message": "no"}), "The server refuses the token (401)."),
+    ((401, {}), "The server refuses the token (401)."),
+    (
         (507, {"code": 507, "type": "InternalServerException", "message": "Worker died."}),
         "A worker of the model's server has ended.",
-        id="worker died",
     ),
-    pytest.param(
-        (500, {"error": {"code": 500, "type": "InternalError", "message": "failed"}}),
-        "The model's server failed on this image.",
-        id="defect",
-    ),
-    pytest.param((200, b"<html>"), "Something else answers in the model's place.", id="another service"),
+    ((500, {"error": {"code": 500, "type": "InternalError", "message": "failed"}}), "The model's server failed on this image."),
+    ((200, b"<html>"), "Something else answers in the model's place."),
 ]
 
 
-@pytest.mark.parametrize(("answer", "title"), STATES)
-def test_state_of_the_server_is_said_and_recovered_from(
-    open_page: Open, relay: Upstream, server: TorchServe, answer: tuple[int, object], title: str
-) -> None:
+def test_every_state_of_the_server_is_said_and_recovered_from(open_page: Open, relay: Upstream, server: TorchServe) -> None:
     page = open_page()
-    relay.answer = lambda _: answer
-    draw(page)
-    expect(page.locator("#state-title")).to_have_text(title)
-    assert page.locator("#state").get_attribute("data-kind") == "wait"
-    relay.answer = passing_to(server)
-    expect(page.locator("#answer")).to_have_text("7")
-    expect(page.locator("#state")).to_be_hidden()
+    for answer, title in STATES:
+        relay.answer = lambda _, answer=answer: answer  # type: ignore[misc]
+        draw(page)
+        expect(page.locator("#state-title")).to_have_text(title)
+        assert page.locator("#state").get_attribute("data-kind") == "wait"
+        relay.answer = passing_to(server)
+        expect(page.locator("#state")).to_be_hidden()
+        expect(page.locator("#answer")).to_have_text("7")
 
 
 def test_refusals_of_the_model_are_said_and_not_repeated(open_page: Open, relay: Upstream, server: TorchServe) -> None:
@@ -878,22 +855,22 @@ def test_axe_finds_nothing(open_page: Open, relay: Upstream, size: str, scheme: 
     check("camera")
 
 
-@pytest.mark.parametrize("width", [320, 375, 640, 1280, 1920])
-def test_nothing_is_wider_than_the_window(open_page: Open, width: int) -> None:
+def test_nothing_is_wider_than_the_window(open_page: Open) -> None:
     """320 pixels are a window of 640 at 200 %, or of 1280 at 400 %."""
     page = open_page()
-    page.set_viewport_size({"width": width, "height": 600})
     settled(page, lambda: draw(page))
     settled(page, lambda: page.select_option("#compared", "1"))
     settled(page, lambda: page.select_option("#option-method", "smoothgrad"))
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    spilled = page.evaluate(
-        """() => [...document.querySelectorAll("main *, header *, footer *")].filter((element) => {
-            const box = element.getBoundingClientRect();
-            return box.width > 1 && (box.right > innerWidth + 1 || box.left < -1) && !element.closest(".hidden");
-        }).map((element) => element.outerHTML.slice(0, 80))"""
-    )
-    assert spilled == []
+    for width in (320, 375, 640, 1280, 1920):
+        page.set_viewport_size({"width": width, "height": 600})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        spilled = page.evaluate(
+            """() => [...document.querySelectorAll("main *, header *, footer *")].filter((element) => {
+                const box = element.getBoundingClientRect();
+                return box.width > 1 && (box.right > innerWidth + 1 || box.left < -1) && !element.closest(".hidden");
+            }).map((element) => element.outerHTML.slice(0, 80))"""
+        )
+        assert spilled == []
 
 
 def test_tree_of_a_screen_reader_names_everything(open_page: Open) -> None:
@@ -921,11 +898,11 @@ def test_tree_of_a_screen_reader_names_everything(open_page: Open) -> None:
 def test_latency_from_stroke_to_map_is_measured(open_page: Open, capsys: pytest.CaptureFixture[str]) -> None:
     """Printed, as it depends on the machine. The server of these tests waits 60 ms for others to share its batch."""
     page = open_page()
-    for _ in range(8):
+    for _ in range(4):
         settled(page, lambda: draw(page))
         page.click("#clear")
     spans = page.evaluate("performance.getEntriesByName('stroke to map').map((entry) => entry.duration)")
-    assert len(spans) > 8
+    assert len(spans) >= 4
     assert all(math.isfinite(span) and span > 0 for span in spans)
     with capsys.disabled():
         quantiles = statistics.quantiles(spans, n=20)
