@@ -26,6 +26,7 @@ A message says what was expected and what was got, in ASCII, with the client's o
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
+OVERLOADED = "server overloaded: retry, or send a smaller request"
 SHOWN_CHARACTERS = 60  # of a client's value, in a message
 SHOWN_ERRORS = 5  # different ones, in the message for a request with several images
 

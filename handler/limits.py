@@ -75,6 +75,8 @@ MAX_PIXELS_DRAWN = 3_000_000  # a strip of all classes at the default size; enco
 
 # --- one batch, of all requests that came together
 
+# Bytes of the large bodies of one batch that a worker holds at once: it takes up to 32 requests, each of up to 32 MiB.
+MAX_BATCH_BODY_BYTES = 64 * 1024 * 1024
 MAX_FORWARD_IMAGES = 256  # a larger batch is computed in parts of this size, so that memory stays bounded
 # Seconds of work on one batch; what is left of it then is refused. The slowest requests take up to three seconds each, and a
 # worker that is silent for responseTimeout (serve_config/model-config.yaml) is restarted, which costs all of the batch their

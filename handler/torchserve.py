@@ -5,6 +5,7 @@
 - Values are received as bytes: TorchServe would parse JSON by itself, without a limit, keep the last of two keys, and log what it
   cannot parse.
 - What a client sent twice is noted, where TorchServe would keep the last.
+- A batch takes no more memory than its bounds say, however many fields a form has and however large its bodies are together.
 - Replies by gRPC are written as the frontend needs them. It trusts its workers: what it cannot read is an exception in the thread
   that keeps the worker, which costs the batch its answers and the worker its life.
 - An envelope that is configured passes everything through: TorchServe's own read the first request of a batch alone.
@@ -37,8 +38,9 @@ from ts.service import PREDICTION_METRIC
 from ts.torch_handler.request_envelope.base import BaseEnvelope
 
 from handler.errors import SHOWN_ERRORS
+from handler.limits import MAX_BATCH_BODY_BYTES, MAX_FORM_FIELDS
 from handler.protocol.options import HEADER_PREFIX
-from handler.protocol.request import ROUTE_HEADER, SENT_TWICE_HEADER
+from handler.protocol.request import ROUTE_HEADER, SENT_TWICE_HEADER, TOO_LARGE_BATCH_HEADER, TOO_MANY_FIELDS_HEADER
 from handler.runtime.metrics import COUNTERS, Emit, Series
 
 logger = logging.getLogger(__name__)
@@ -138,13 +140,14 @@ class PieceReceiver:
     """Receives all that is there, and gives of it what is asked for. Of one socket; what is left is kept."""
 
     def __init__(self, receive: Receive, receive_request: ReceiveRequest) -> None:
-        """Take TorchServe's own: `receive` for large fields and for the end of the connection, `receive_request` for all requests
-        that are not here as a whole. It has to receive by `self`.
+        """Take TorchServe's own: `receive` for large fields and for the end of the connection. What its `receive_request` does is
+        done here, within bounds; it is kept for whoever wants to undo that.
         """
         self.by_fields = receive
         self.request_by_fields = receive_request
         self._piece = bytearray()
         self._start = 0  # of what has not been asked for yet
+        self._batch_bytes = 0  # of the large fields of this batch so far
 
     def __call__(self, connection: socket.socket, length: int) -> bytearray:
         """Receive exactly `length` bytes."""
@@ -158,7 +161,9 @@ class PieceReceiver:
     def receive_request(self, connection: socket.socket) -> Request | None:
         """Receive a request, or the end of the batch, in the form that TorchServe's `_retrieve_request` gives it.
 
-        Of what was sent twice, the names stand in a header of ours, SENT_TWICE_HEADER.
+        Of what was sent twice, the names stand in a header of ours, SENT_TWICE_HEADER. Fields beyond MAX_FORM_FIELDS, and large
+        ones beyond MAX_BATCH_BODY_BYTES of the batch, are dropped as they come, so that no memory is taken for them; a header of
+        ours says so, too.
         """
         request = self._receive_request(connection)
         if request is not None:
@@ -172,12 +177,13 @@ class PieceReceiver:
         try:
             fields, ends, end = take_fields(self._piece, self._start)
         except struct.error:  # its rest is still to be received
-            return self.request_by_fields(connection)
+            return self._receive_by_fields(connection)
         if not fields:
             self._start = end
+            self._batch_bytes = 0
             return None
-        if end > len(self._piece):
-            return self.request_by_fields(connection)
+        if end > len(self._piece) or ends[1] - ends[0] > 3 * MAX_FORM_FIELDS:
+            return self._receive_by_fields(connection)
         self._start = end
         return {
             "requestId": fields[0],
@@ -187,6 +193,57 @@ class PieceReceiver:
                 for at in range(ends[0], ends[1], 3)
             ],
         }
+
+    def _receive_by_fields(self, connection: socket.socket) -> Request | None:
+        length = self._receive_length(connection)
+        if length == END_OF_LIST:
+            self._batch_bytes = 0
+            return None
+        request: Request = {"requestId": self(connection, length), "headers": [], "parameters": []}
+        while (length := self._receive_length(connection)) != END_OF_LIST:
+            name = self(connection, length)
+            request["headers"].append({"name": name, "value": self(connection, self._receive_length(connection))})
+        refused = set()
+        while (length := self._receive_length(connection)) != END_OF_LIST:
+            if len(request["parameters"]) > MAX_FORM_FIELDS:
+                self._skip_list(connection, length)
+                refused.add(TOO_MANY_FIELDS_HEADER)
+                break
+            name = self(connection, length)
+            content_type = self(connection, self._receive_length(connection))
+            length = self._receive_length(connection)
+            is_dropped = length > PIECE_BYTES and self._batch_bytes + length > MAX_BATCH_BODY_BYTES
+            if is_dropped:
+                self._skip(connection, length)
+                refused.add(TOO_LARGE_BATCH_HEADER)
+            elif length > PIECE_BYTES:
+                self._batch_bytes += length
+            value = bytearray() if is_dropped else self(connection, length)
+            request["parameters"].append({"name": name.decode(), "contentType": content_type.decode(), "value": value})
+        request["headers"] += [{"name": header.encode(), "value": b"true"} for header in sorted(refused)]
+        return request
+
+    def _receive_length(self, connection: socket.socket) -> int:
+        (length,) = LENGTH.unpack(self(connection, LENGTH.size))
+        return int(length)
+
+    def _skip_list(self, connection: socket.socket, length: int) -> None:
+        """Receive what is left of a list of fields, the first of this length, and keep none of it."""
+        while length != END_OF_LIST:
+            end = self._start + length
+            if end + LENGTH.size <= len(self._piece):  # nearly always: hundreds of thousands fit into a large body
+                (length,) = LENGTH.unpack_from(self._piece, end)
+                self._start = end + LENGTH.size
+            else:
+                self._skip(connection, length)
+                length = self._receive_length(connection)
+
+    def _skip(self, connection: socket.socket, length: int) -> None:
+        """Receive so many bytes, some at a time, and keep none of them."""
+        while length > 0:
+            part = min(length, PIECE_BYTES)
+            self(connection, part)
+            length -= part
 
     def _receive_more(self, connection: socket.socket, length: int) -> bytearray:
         piece, self._piece, self._start = self._piece[self._start :], bytearray(), 0

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from handler import errors
-from handler.errors import ClientError, ImageTooLarge, Overloaded, ServiceError, UnreadableImage
+from handler.errors import OVERLOADED, ClientError, ImageTooLarge, Overloaded, ServiceError, UnreadableImage
 from handler.images.budget import DecodingBudget, Stopwatch
 from handler.images.file_decoder import DecodedFile, decode_file
 from handler.limits import MAX_DECODER_BYTES
@@ -34,7 +34,12 @@ REQUEST = struct.Struct("=Qqqqd")  # bytes of the file; the budget's pixels, ste
 REPLY = struct.Struct("=IQ")  # bytes of the JSON object, bytes of the levels
 WAIT_S = 20.0  # for an answer, by the clock: processor time ends a decoder long before, unless it does not get any
 ROOT = Path(__file__).resolve().parents[2]  # of the package `handler`
-ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}  # threads would only take memory
+ENVIRONMENT = {  # no threads, which would only take memory; and what is freed goes back to the system
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+}
 
 
 class DecoderProcess:
@@ -138,7 +143,7 @@ class DecoderProcess:
                 return error
         if status is not None and status in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGFPE, -signal.SIGILL):
             return UnreadableImage(f"expected a whole image file, got {len(content):,} bytes that no decoder can read")
-        return Overloaded("server overloaded: retry, or send a smaller request")
+        return Overloaded(OVERLOADED)
 
 
 def _receive(connection: socket.socket, size: int) -> bytearray:

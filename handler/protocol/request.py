@@ -16,12 +16,14 @@ from enum import StrEnum
 from typing import Any
 
 from handler.errors import (
+    OVERLOADED,
     ClientError,
     EmptyRequest,
     InvalidOption,
     InvalidRequest,
     MalformedBase64,
     NotAcceptable,
+    Overloaded,
     RequestTooLarge,
     shown,
 )
@@ -47,6 +49,8 @@ CORRELATION_HEADERS = ("x-correlation-id", "x-request-id")  # of these, in any l
 CORRELATION_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CORRELATION_LENGTHS = {len(name) for name in CORRELATION_HEADERS}
 SENT_TWICE_HEADER = "x-sent-twice"  # set by `torchserve`, whose receiver alone sees what is there twice
+# Set by the same: it has dropped fields beyond MAX_FORM_FIELDS, or a body beyond MAX_BATCH_BODY_BYTES of a batch.
+TOO_MANY_FIELDS_HEADER, TOO_LARGE_BATCH_HEADER = "x-too-many-fields", "x-too-large-batch"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 START_OF_JSON = re.compile(rb"\s*+[\[{]")
 WHITE_SPACE = b" \t\n\r\v\f"
@@ -125,7 +129,7 @@ def parse_request(row: object, headers: Mapping[str, object], class_count: int) 
         ClientError: the request cannot be answered; the message says what was expected.
     """
     text_headers = {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
-    _refuse_twice(text_headers)
+    _refuse_dropped(text_headers)
     fields, binary = _read_fields(row, text_headers, headers)
     asked = _Asked(options_in(text_headers), text_headers.get("accept", ""), class_count, headers.get(ROUTE_HEADER) == "True")
     if INSTANCES in fields and INPUTS in fields:
@@ -316,8 +320,12 @@ def decompress(content: bytes, encoding: str) -> bytes:
     return plain
 
 
-def _refuse_twice(headers: Mapping[str, str]) -> None:
-    """Refuse what the worker's receiver saw twice: a form's field, or an option's header in two spellings."""
+def _refuse_dropped(headers: Mapping[str, str]) -> None:
+    """Refuse what the worker's receiver has dropped, or seen twice: a form's field, or an option's header in two spellings."""
+    if TOO_LARGE_BATCH_HEADER in headers:
+        raise Overloaded(OVERLOADED)
+    if TOO_MANY_FIELDS_HEADER in headers:
+        raise RequestTooLarge(f"expected at most {MAX_FORM_FIELDS} fields in a form, got more")
     if SENT_TWICE_HEADER in headers:
         raise InvalidRequest(f"expected each field and each option once, got {shown(headers[SENT_TWICE_HEADER])} twice")
 

@@ -17,7 +17,8 @@ from ts.model_loader import ModelLoaderFactory
 from ts.protocol import otf_message_handler
 from ts.protocol.otf_message_handler import create_predict_response
 
-from handler.protocol.request import SENT_TWICE_HEADER
+from handler.limits import MAX_BATCH_BODY_BYTES, MAX_FORM_FIELDS
+from handler.protocol.request import SENT_TWICE_HEADER, TOO_LARGE_BATCH_HEADER, TOO_MANY_FIELDS_HEADER
 from handler.torchserve import PIECE_BYTES, Door, PieceReceiver, adapt_worker, door_of, names_sent_twice, write_replies
 
 receive: Any = otf_message_handler._retrieve_buffer  # TorchServe's own, unless a handler was loaded in this process
@@ -146,9 +147,8 @@ def write_batch(batch: Sequence[Sent]) -> bytes:
     for index, (headers, parameters) in enumerate(batch):
         message += text(b"id-%d" % index)
         message += b"".join(text(name.encode()) + text(value.encode()) for name, value in headers.items()) + END
-        for name, content_type, value in parameters:
-            message += text(name.encode()) + text(content_type.encode()) + text(value)
-        message += END
+        fields = [text(name.encode()) + text(content_type.encode()) + text(value) for name, content_type, value in parameters]
+        message += b"".join(fields) + END
     return message + END
 
 
@@ -230,9 +230,35 @@ def test_what_was_sent_twice_is_named_in_a_header(
 
 
 def test_very_many_fields_twice_are_named_in_a_short_header(read: Read) -> None:
-    batch: Sequence[Sent] = [({}, [(str(index % 20_000), "", b"") for index in range(40_000)])]
+    batch: Sequence[Sent] = [({}, [(str(index % 50), "", b"") for index in range(100)])]
     (_, requests), _ = read(True, batch, 10**9)
     assert requests[0]["headers"] == [{"name": SENT_TWICE_HEADER.encode(), "value": b"0, 1, 2, 3, 4"}]
+
+
+@pytest.mark.parametrize("piece", [5000, 10**9], ids=lambda piece: f"sent by {piece}")
+@pytest.mark.parametrize("count", [MAX_FORM_FIELDS + 2, 100_000], ids=str)
+def test_fields_beyond_the_limit_are_dropped_and_what_follows_is_not(read: Read, count: int, piece: int) -> None:
+    form: Sent = (HEADERS, [(f"{index}", "", b"1" * (index % 7)) for index in range(count)])
+    after: Sent = (HEADERS, [image(300)])
+    (_, plain), _ = read(False, [after], piece)
+    (_, requests), _ = read(True, [form, after, form, after], piece)
+    for refused, kept in ((requests[0], requests[1]), (requests[2], requests[3])):
+        assert len(refused["parameters"]) == MAX_FORM_FIELDS + 1
+        assert refused["headers"][-1] == {"name": TOO_MANY_FIELDS_HEADER.encode(), "value": b"true"}
+        assert kept | {"requestId": b""} == plain[0] | {"requestId": b""}
+
+
+def test_large_bodies_beyond_what_a_batch_may_hold_are_dropped(read: Read) -> None:
+    """The first two fill it. A small one is always taken, and the next batch begins anew."""
+    size = MAX_BATCH_BODY_BYTES // 2
+    large: Sent = (HEADERS, [("body", "image/png", bytes(size))])
+    small: Sent = (HEADERS, [image(PIECE_BYTES)])
+    for _ in range(2):
+        (_, requests), _ = read(True, [large, large, large, small], 10**9)
+        lengths = [len(request["parameters"][0]["value"]) for request in requests]
+        assert lengths == [size, size, 0, PIECE_BYTES]
+        marked = [TOO_LARGE_BATCH_HEADER.encode() in [header["name"] for header in request["headers"]] for request in requests]
+        assert marked == [False, False, True, False]
 
 
 def test_batches_follow_each_other(ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
