@@ -26,6 +26,8 @@ A message says what was expected and what was got, in ASCII, with the client's o
 from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
+from handler.limits import RETRY_AFTER_SECONDS
+
 OVERLOADED = "server overloaded: retry, or send a smaller request"
 SHOWN_CHARACTERS = 60  # of a client's value, in a message
 SHOWN_ERRORS = 5  # different ones, in the message for a request with several images
@@ -36,10 +38,12 @@ class ServiceError(Exception):
 
     Attributes:
         indices: in a request with several images, which of them are bad, from 0.
+        headers: of the reply, beside its content type.
         as_text: whether the reply's `error` is the message alone, as the Open Inference Protocol has it.
     """
 
     status: ClassVar[int] = 500
+    headers: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, message: str, indices: tuple[int, ...] = ()) -> None:
         super().__init__(message)
@@ -53,9 +57,10 @@ class InternalError(ServiceError):
 
 
 class Overloaded(ServiceError):
-    """What shares a batch is too much together."""
+    """What shares a batch is too much together, or there is too little memory."""
 
     status = 503
+    headers: ClassVar[Mapping[str, str]] = {"Retry-After": str(RETRY_AFTER_SECONDS)}
 
 
 class ClientError(ServiceError):

@@ -55,7 +55,7 @@ MAX_DECODER_OPERATIONS = 100_000
 # Seconds of processor time in which all image files of one request are decoded. What takes longer is stopped: the largest that a
 # client may send need half of it.
 MAX_DECODE_SECONDS = 1.2
-MAX_DECODER_BYTES = 400 * 1024 * 1024  # of memory that decoding one file may take, in a process of its own
+MAX_DECODER_BYTES = 320 * 1024 * 1024  # of memory that decoding one file may take, in a process of its own
 MAX_FRAMES = 10  # of an animation, or pages of a TIFF, that are looked at for ink
 MAX_TAG_BYTES = 1_000_000  # of a TIFF, whose numbers Pillow makes Python objects
 MAX_HEADER_BYTES = 1000  # of an .npy; that of a plain array has 128
@@ -78,10 +78,20 @@ MAX_PIXELS_DRAWN = 3_000_000  # a strip of all classes at the default size; enco
 # Bytes of the large bodies of one batch that a worker holds at once: it takes up to 32 requests, each of up to 32 MiB.
 MAX_BATCH_BODY_BYTES = 64 * 1024 * 1024
 MAX_FORWARD_IMAGES = 256  # a larger batch is computed in parts of this size, so that memory stays bounded
-# Seconds of work on one batch; what is left of it then is refused. The slowest requests take up to three seconds each, and a
-# worker that is silent for responseTimeout (serve_config/model-config.yaml) is restarted, which costs all of the batch their
-# answers.
+# Seconds of processor time, as estimated once its images are decoded, that one request may take: what decoding took, what
+# preparing its images and its gradients will take.
+MAX_REQUEST_SECONDS = 2.4
+SECONDS_TO_PREPARE_SMALL, SECONDS_TO_PREPARE = 0.012, 0.045  # an image, of up to SMALL_SIDE pixels a side or more
+SMALL_SIDE = 128
+SECONDS_A_GRADIENT = 150e-6
+SECONDS_A_NUMBER = 300e-9  # in JSON: from its list to a pixel
+# Of one batch: a request that takes more than an ordinary photograph is costly, and the costly ones share so many seconds.
+ORDINARY_SECONDS = 0.25
+MAX_COSTLY_SECONDS = 2.0
+# Seconds of work on one batch; what is left of it then is refused. 32 ordinary requests take less than half of it. A worker
+# that is silent for responseTimeout (serve_config/model-config.yaml) is restarted, which costs all of the batch their answers.
 MAX_BATCH_SECONDS = 20
+RETRY_AFTER_SECONDS = 2  # what an overloaded server asks clients to wait: as long as the costly requests of a batch take
 # Bytes of one batch's replies. TorchServe's frontend reads a batch in a time that grows with the square of its size: 32 MiB take
 # seconds, 80 MB took twenty, and a worker whose replies are not read within responseTimeout is restarted.
 MAX_BATCH_BYTES = 32 * 1024 * 1024

@@ -3,6 +3,8 @@
 Knows neither torch nor TorchServe.
 """
 
+import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,11 +19,13 @@ from handler.errors import (
     join_errors,
 )
 from handler.images.arrays import NPY_MAGIC, Decoded, Tensor, decode_npy, decode_numbers, decode_tensor
-from handler.images.budget import DecodingBudget
+from handler.images.budget import UNCOUNTED_BYTES, DecodingBudget, Stopwatch
 from handler.images.decode import DecodedImage, decode_image
 from handler.images.digits import prepare_digit
 from handler.images.preparation import Prepare, PreparedImage, scale_image
+from handler.images.structure import read_structure
 from handler.limits import (
+    MAX_DECODE_SECONDS,
     MAX_GRADIENTS,
     MAX_IMAGE_MAP_NUMBERS,
     MAX_IMAGE_MAP_NUMBERS_NPY,
@@ -29,10 +33,17 @@ from handler.limits import (
     MAX_MAPS,
     MAX_PIXELS,
     MAX_PREPARED_IMAGES,
+    MAX_REQUEST_SECONDS,
+    SECONDS_A_GRADIENT,
+    SECONDS_A_NUMBER,
+    SECONDS_TO_PREPARE,
+    SECONDS_TO_PREPARE_SMALL,
+    SMALL_SIDE,
 )
 from handler.protocol.options import Options, Space
-from handler.protocol.request import Payload, ReplyFormat, Request
+from handler.protocol.request import Part, Payload, ReplyFormat, Request
 
+PNG_MAGIC, PNG_SIDES, PNG_SIDES_END = b"\x89PNG", struct.Struct(">II"), 24
 MAP_NUMBERS = {
     ReplyFormat.JSON: MAX_IMAGE_MAP_NUMBERS,
     ReplyFormat.NPY: MAX_IMAGE_MAP_NUMBERS_NPY,
@@ -77,9 +88,56 @@ def preprocess(request: Request, height: int, width: int, *, has_mean: bool = Tr
         raise
 
 
+def estimate_seconds(request: Request, height: int, width: int) -> float:
+    """Estimate the processor time that a request will take, from what its images declare. Nothing is decoded.
+
+    Args:
+        request: as it was read.
+        height, width: of the network's input.
+    """
+    parts = [part for part in request.parts if isinstance(part, Part)]
+    gradient_count = sum(part.options.gradient_count for part in parts)
+    return gradient_count * SECONDS_A_GRADIENT + sum(_estimate_payload(part.payload, height * width) for part in parts)
+
+
+def _estimate_payload(payload: Payload, network_pixels: int) -> float:
+    seconds = 0.0
+    if not isinstance(payload, bytes) or payload.startswith(NPY_MAGIC):
+        pixels = _count_numbers(payload)
+        seconds = pixels * SECONDS_A_NUMBER
+    elif payload.startswith(PNG_MAGIC) and PNG_SIDES_END <= len(payload) <= UNCOUNTED_BYTES:  # most images, in most requests
+        pixels = math.prod(PNG_SIDES.unpack_from(payload, PNG_SIDES_END - PNG_SIDES.size))
+    else:
+        try:
+            structure = read_structure(payload, DecodingBudget())
+        except ClientError:  # it will be refused as soon as it is looked at
+            structure = None
+        pixels, seconds = (structure.pixels, structure.seconds) if structure else (0, 0.0)
+    if pixels <= network_pixels:
+        return seconds
+    return seconds + (SECONDS_TO_PREPARE_SMALL if pixels <= SMALL_SIDE**2 else SECONDS_TO_PREPARE)
+
+
+def _count_numbers(payload: Payload) -> int:
+    """Count the numbers of an array, of nested lists by the first of each."""
+    if isinstance(payload, bytes):
+        return len(payload)
+    count, level = 1, payload.data if isinstance(payload, Tensor) else payload
+    if isinstance(level, bytes):
+        return len(level)
+    while isinstance(level, list) and level:
+        count *= len(level)
+        level = level[0]
+    return count
+
+
 def _preprocess(request: Request, height: int, width: int, *, has_mean: bool) -> PreparedRequest:
-    decoded, options, listed = _decode_all(request, height, width)
+    stopwatch = Stopwatch()
+    budget = DecodingBudget()
+    decoded, options, listed = _decode_all(request, budget, height, width)
+    decoding_seconds = stopwatch.seconds() + MAX_DECODE_SECONDS - budget.seconds_left
     _require_few_maps([asked for asked in options if asked.explain], has_mean=has_mean)
+    _require_little_work(decoded, options, decoding_seconds, height * width)
     images: list[PreparedImage] = []
     errors: dict[int, ClientError] = {}
     prepared_count = 0
@@ -118,6 +176,25 @@ def _require_few_maps(explained: Sequence[Options], *, has_mean: bool) -> None:
         raise InvalidOption("expected a method that works without the mean image, which this network does not say, got another")
 
 
+def _require_little_work(
+    decoded: Sequence[Decoded], options: Sequence[Options], decoding_seconds: float, network_pixels: int
+) -> None:
+    """Refuse what would hold the worker for more than MAX_REQUEST_SECONDS, with what decoding has taken already."""
+    sizes = [
+        one.grey.size
+        for one, asked in zip(decoded, options, strict=True)
+        if isinstance(one, DecodedImage) and asked.prepare is not Prepare.NONE and one.grey.size > network_pixels
+    ]
+    small_count = sum(size <= SMALL_SIDE**2 for size in sizes)
+    seconds = small_count * SECONDS_TO_PREPARE_SMALL + (len(sizes) - small_count) * SECONDS_TO_PREPARE
+    seconds += sum(asked.gradient_count for asked in options) * SECONDS_A_GRADIENT + decoding_seconds
+    if seconds > MAX_REQUEST_SECONDS and len(decoded) > 1:
+        raise RequestTooLarge(
+            f"expected a request that takes at most {MAX_REQUEST_SECONDS} s of processor time, got one that takes about "
+            f"{seconds:.1f} s: send its {len(decoded)} images in several requests, or smaller, or ask for fewer gradients"
+        )
+
+
 def _require_map_numbers(images: Sequence[PreparedImage], options: Sequence[Options], limit: int) -> None:
     """Refuse maps in the pixels of images that are too large for that."""
     counts = [
@@ -134,13 +211,12 @@ def _require_map_numbers(images: Sequence[PreparedImage], options: Sequence[Opti
         )
 
 
-def _decode_all(request: Request, height: int, width: int) -> tuple[list[Decoded], list[Options], bool]:
+def _decode_all(request: Request, budget: DecodingBudget, height: int, width: int) -> tuple[list[Decoded], list[Options], bool]:
     """Decode every part of a request.
 
     Returns:
         the images, with an error in the place of a bad one; their options; whether they are a list.
     """
-    budget = DecodingBudget()
     first = request.parts[0]
     if not isinstance(first, ClientError) and (not request.listed or isinstance(first.payload, Tensor)):  # the only part
         decoded = _decode(first.payload, budget, height, width)

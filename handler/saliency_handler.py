@@ -20,18 +20,20 @@ from threadpoolctl import threadpool_limits
 from ts.context import Context
 from ts.torch_handler.base_handler import BaseHandler
 
-from handler.errors import InternalError, Overloaded, ServiceError
+from handler.errors import OVERLOADED, InternalError, Overloaded, ServiceError
+from handler.fair_share import FairShare, by_size, may_be_costly
 from handler.gradients.compiled import COMPILED_PASS_FILE, load_compiled_pass
 from handler.gradients.cuda_graphs import record
 from handler.gradients.explain import Explanation, compute_exactly, freeze, predict_and_explain
+from handler.images.budget import Stopwatch
 from handler.images.decoder_process import DECODER_PROCESS
 from handler.images.preparation import ImageWarning, PreparedImage
 from handler.limits import MAX_BATCH_SECONDS, MAX_FORWARD_IMAGES, MAX_GRADIENTS
-from handler.preprocess import PreparedRequest, preprocess
+from handler.preprocess import PreparedRequest, estimate_seconds, preprocess
 from handler.protocol.describe import describe_service
 from handler.protocol.options import Options
 from handler.protocol.reply import REPLY_HEADERS, Reply, Result, fit_batch, render_description, render_error, render_results
-from handler.protocol.request import ROUTE_HEADER, is_describe_request, parse_request, read_correlation_id
+from handler.protocol.request import ROUTE_HEADER, Request, is_describe_request, parse_request, read_correlation_id
 from handler.runtime.archive import input_shape_of, load_network, mean_pixel_of, verify_files
 from handler.runtime.calibration import read_calibration
 from handler.runtime.malloc import IdleTrimmer, keep_freed_memory
@@ -107,7 +109,7 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         self.meter.start()
         self.deadline = time.monotonic() + MAX_BATCH_SECONDS
         headers = [context.get_all_request_header(index) for index in range(len(data))]
-        outcomes = [self._preprocess(row, row_headers) for row, row_headers in zip(data, headers, strict=True)]
+        outcomes = self._preprocess(data, headers)
         self.meter.lap(Step.DECODE)
         inferred = self._infer([outcome for outcome in outcomes if isinstance(outcome, PreparedRequest)])
         replies = fit_batch(
@@ -164,25 +166,59 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             for outcome in outcomes
         ]
 
-    def _preprocess(self, row: object, headers: dict[str, object]) -> PreparedRequest | Reply:
-        """Read one request as far as the network's pixels, or write the reply that needs no network."""
+    def _preprocess(self, rows: Sequence[object], headers: Sequence[dict[str, object]]) -> list[PreparedRequest | Reply]:
+        """Read a batch's requests as far as the network's pixels, or write the replies that need no network.
+
+        Those who ask for little come first, so that what is refused for want of time is what takes the most of it.
+        """
+        share = FairShare()
+        read = {index: self._read(rows[index], headers[index], share) for index in by_size(rows)}
+        costs = {
+            index: estimate_seconds(one, *self.input_shape[1:]) if isinstance(one, Request) and len(rows) > 1 else 0.0
+            for index, one in read.items()
+        }
+        outcomes: dict[int, PreparedRequest | Reply] = {}
+        for index in sorted(read, key=costs.__getitem__):
+            one = read[index]
+            if isinstance(one, Request):
+                prepared = self._prepare_images(one, share, costs[index])
+                outcomes[index] = prepared if isinstance(prepared, PreparedRequest) else render_error(prepared)
+            else:
+                outcomes[index] = one
+        return [outcomes[index] for index in range(len(rows))]
+
+    def _read(self, row: object, headers: dict[str, object], share: FairShare) -> Request | Reply:
+        """Read one request, or write the reply that needs no images. An error is this row's alone, whatever it is."""
+        stopwatch = Stopwatch()
         try:
             if is_describe_request(row, headers):
                 return render_description(self._describe())
-        except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
-            return _render_exception(error)
-        prepared = self._prepare(row, headers)
-        return prepared if isinstance(prepared, PreparedRequest) else render_error(prepared)
-
-    def _prepare(self, row: object, headers: dict[str, object]) -> PreparedRequest | ServiceError:
-        """Read one request as far as the network's pixels. An error is this row's alone, whatever it is."""
-        try:
             self._require_time()
+            if share.is_spent and may_be_costly(row, headers):
+                raise Overloaded(OVERLOADED)
+            return parse_request(row, headers, self.class_count)
+        except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
+            return render_error(_service_error(error))
+        finally:
+            share.count(stopwatch.seconds())
+
+    def _prepare_images(self, request: Request, share: FairShare, seconds: float) -> PreparedRequest | ServiceError:
+        """Decode and prepare a request's images, which will take about so long. An error is this request's alone."""
+        try:
+            share.admit(seconds)
             _, height, width = self.input_shape
-            request = parse_request(row, headers, self.class_count)
             return preprocess(request, height, width, has_mean=self.mean_pixel is not None)
         except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
             return _service_error(error)
+
+    def _prepare(self, row: object, headers: dict[str, object]) -> PreparedRequest | ServiceError:
+        """Read one request as far as the network's pixels, whatever it shares a batch with. An error is this row's alone."""
+        try:
+            self._require_time()
+            request = parse_request(row, headers, self.class_count)
+        except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
+            return _service_error(error)
+        return self._prepare_images(request, FairShare(), 0.0)
 
     def _describe(self) -> dict[str, Any]:
         _, height, width = self.input_shape
@@ -191,7 +227,7 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     def _require_time(self) -> None:
         """Refuse what is left of a batch that has taken too long."""
         if time.monotonic() > self.deadline:
-            raise Overloaded("server overloaded: retry, or send a smaller request")
+            raise Overloaded(OVERLOADED)
 
     def _infer(self, requests: Sequence[PreparedRequest]) -> Iterator[Inferred | ServiceError]:
         """Run the network for all images that can be answered: once, unless they are too many, or too much work, for that."""

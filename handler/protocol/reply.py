@@ -147,7 +147,8 @@ def render_error(error: ServiceError) -> Reply:
     if error.indices:
         details["indices"] = error.indices
     content = {"error": error.message, **details} if error.as_text else {"error": {**details, "message": error.message}}
-    return Reply(error.status, ReplyFormat.JSON, json.dumps(content).encode(), error=type(error).__name__)
+    body = json.dumps(content).encode()
+    return Reply(error.status, ReplyFormat.JSON, body, dict(error.headers), error=type(error).__name__)
 
 
 def fit_batch(replies: Sequence[Reply], max_bytes: int = MAX_BATCH_BYTES) -> list[Reply]:

@@ -1,6 +1,8 @@
 """Every limit of the table in handler/README.md, just below it (answered) and just above (refused as the table says)."""
 
 import base64
+import gzip
+import json
 import re
 import resource
 from collections.abc import Callable
@@ -18,10 +20,16 @@ from PIL import Image
 from handler.errors import InvalidOption
 from handler.images.budget import DecodingBudget
 from handler.images.decode import decode_image
+from handler.images.structure import MAX_COEFFICIENTS
 from handler.limits import (
+    MAX_BATCH_BODY_BYTES,
     MAX_BATCH_BYTES,
     MAX_BATCH_SECONDS,
+    MAX_COMPRESSED_BYTES,
+    MAX_DECODE_SECONDS,
+    MAX_DECODER_BYTES,
     MAX_DECODER_OPERATIONS,
+    MAX_FORM_FIELDS,
     MAX_GRADIENTS,
     MAX_ID_CHARACTERS,
     MAX_IMAGE_MAP_NUMBERS,
@@ -29,10 +37,12 @@ from handler.limits import (
     MAX_IMAGES,
     MAX_JPEG_PIXELS,
     MAX_JPEG_SCANS,
+    MAX_JSON_VALUES,
     MAX_MAPS,
     MAX_PIXELS,
     MAX_PIXELS_DRAWN,
     MAX_PREPARED_IMAGES,
+    MAX_REQUEST_SECONDS,
     MAX_SIDE,
     MAX_SIZE,
     MAX_TAG_BYTES,
@@ -41,6 +51,7 @@ from handler.render.drawing import Row, Style, draw
 from scripts.bench.load import Load, build_call, run_load
 from scripts.paths import ROOT, SAMPLE_FILES
 from scripts.serving.launcher import TorchServe
+from tests.attacks import deflate, png
 from tests.client import BATCH_SIZE, V1_PREDICT, V2_INFER, Arguments, ask, ask_at_once, error_of, explain, npy, predict
 from tests.hostile import png_chunk
 
@@ -208,6 +219,31 @@ CASES = {
         lambda: one(digit_of(8000, 8001, "JPEG")),
         kind="ImageTooLarge",
     ),
+    "coefficients": Case(
+        "numbers that a progressive JPEG holds",
+        f"{MAX_COEFFICIENTS:,}",
+        lambda: one(digit_of(8000, 8000, "JPEG", progressive=True)),
+        lambda: one(colour_jpeg(6000)),  # 108,000,000
+        kind="ImageTooLarge",
+    ),
+    "work": Case(
+        "processor time of a request with several images",
+        f"{MAX_REQUEST_SECONDS} s",
+        lambda: instances(*[digit_of(160, 160)] * 45),
+        lambda: instances(*[digit_of(160, 160)] * 54),
+    ),
+    "values of JSON": Case(
+        "values of a JSON document",
+        f"{MAX_JSON_VALUES:,}",
+        lambda: numbers_as_text(2000, 2048),
+        lambda: numbers_as_text(2000, 2050),
+    ),
+    "compressed body": Case(
+        "a compressed body",
+        "8 MiB",
+        lambda: gzipped(MAX_COMPRESSED_BYTES),
+        lambda: gzipped(MAX_COMPRESSED_BYTES + 1),
+    ),
     "tag": Case(
         "a TIFF's tag",
         "1 MB",
@@ -284,7 +320,30 @@ CASES = {
         "InvalidRequest",
     ),
 }
+
+
+def colour_jpeg(side: int) -> bytes:
+    """A progressive JPEG that keeps three numbers for each pixel."""
+    content = BytesIO()
+    Image.new("RGB", (side, side), (20, 90, 200)).save(content, "JPEG", progressive=True, subsampling=0)
+    return content.getvalue()
+
+
+def numbers_as_text(rows: int, columns: int) -> Arguments:
+    """A grey image as numbers, each of which is a value, as is each list."""
+    with Image.open(FILE) as image:
+        levels = np.asarray(image.resize((columns, rows)))
+    return predict(data=json.dumps({"data": levels.tolist()}), headers={"Content-Type": "application/json"})
+
+
+def gzipped(byte_count: int) -> Arguments:
+    return predict(data=gzip.compress(IMAGE).ljust(byte_count, b"\0"), headers={"Content-Encoding": "gzip"})
+
+
 OTHERS = {  # rows that one request cannot reach; their tests are below
+    "processor time and memory in which image files": "test_file_that_takes_too_long_is_stopped_and_costs_nobody_else_anything",
+    "fields of a form": "test_form_of_many_fields_is_refused",
+    "large bodies of one batch": "test_large_bodies_that_one_batch_cannot_hold_are_refused",
     "replies of one batch": "test_replies_that_one_batch_cannot_hold_are_refused",
     "requests waiting for a worker": "test_requests_that_may_wait_are_answered_and_more_are_refused_at_once",
     "time of one batch": "test_batches_of_the_slowest_requests_are_answered_in_time",
@@ -328,6 +387,55 @@ def test_limit_is_accepted_and_more_is_refused(server: TorchServe, worker_pids: 
     assert refused.status_code == case.status, refused.text[:500]
     if case.kind:
         assert error_of(refused)["type"] == case.kind
+    assert worker_pids() == workers
+
+
+def test_file_that_takes_too_long_is_stopped_and_costs_nobody_else_anything(
+    server: TorchServe, worker_pids: Callable[[], list[int]]
+) -> None:
+    """Its data inflate to nothing for as long as a body may be, and then to all of its pixels."""
+    workers = worker_pids()
+    _, limit, beyond = row_of("processor time and memory in which image files")
+    assert (f"{MAX_DECODE_SECONDS} s" in limit, f"{MAX_DECODER_BYTES // 2**20} MiB" in limit) == (True, True)
+    assert "413 `ImageTooLarge`" in beyond
+    raw = bytes((4000 * 8 + 1) * 4000)
+    slow = one(png(4000, 4000, deflate(raw, 32_000_000), depth=16, colour=6)) | {"timeout": TIMEOUT_S}
+    for _ in range(2):
+        *refused, small = ask_at_once(server, [slow] * 2 + [one() | {"timeout": TIMEOUT_S}])
+        assert small.status_code == 200
+        kinds = [(reply.status_code, reply.json()["error"]["type"]) for reply in refused]
+        assert (413, "ImageTooLarge") in kinds
+        assert set(kinds) <= {(413, "ImageTooLarge"), (503, "Overloaded")}
+    assert worker_pids() == workers
+
+
+def test_form_of_many_fields_is_refused(server: TorchServe) -> None:
+    assert row_of("fields of a form")[1:] == (f"{MAX_FORM_FIELDS}", "413 `RequestTooLarge`")
+    for count, status, kind in (
+        (MAX_FORM_FIELDS, 400, "UnknownOption"),
+        (MAX_FORM_FIELDS + 1, 413, "RequestTooLarge"),
+        (20_000, 413, "RequestTooLarge"),
+    ):
+        fields = {"data": "x"} | {f"field-{number}": "1" for number in range(count - 1)}
+        refused = ask(server, predict(data=fields))  # urlencoded
+        assert (refused.status_code, error_of(refused)["type"]) == (status, kind)
+
+
+def test_large_bodies_that_one_batch_cannot_hold_are_refused(server: TorchServe, worker_pids: Callable[[], list[int]]) -> None:
+    workers = worker_pids()
+    assert row_of("large bodies of one batch")[1] == f"{MAX_BATCH_BODY_BYTES // 2**20} MiB"
+    large = one(IMAGE.ljust(MAX_BODY_BYTES, b"\0")) | {"timeout": TIMEOUT_S}
+    for _ in range(10):
+        *replies, small = ask_at_once(server, [large] * 4 + [one() | {"timeout": TIMEOUT_S}])
+        assert small.status_code == 200
+        assert {reply.status_code for reply in replies} <= {200, 503}
+        refused = [reply for reply in replies if reply.status_code == 503]
+        if refused:
+            assert {reply.json()["error"]["type"] for reply in refused} == {"Overloaded"}
+            assert all("Retry-After" in reply.headers for reply in refused)
+            break
+    else:
+        pytest.fail("enough large bodies never shared a batch")
     assert worker_pids() == workers
 
 

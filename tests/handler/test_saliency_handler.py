@@ -713,6 +713,7 @@ def test_describe_request_of_torchserve_gets_the_description(handler: SaliencyHa
         "gradients_a_request": 4096,
         "image_pixels_a_request": 16_000_000,
         "image_map_numbers_a_request": 1_440_000,
+        "body_bytes": 32 * 1024 * 1024,
     }
     assert description["versions"]["torch"] == version("torch")
 
