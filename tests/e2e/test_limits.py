@@ -48,10 +48,10 @@ from handler.limits import (
     MAX_TAG_BYTES,
 )
 from handler.render.drawing import Row, Style, draw
+from scripts.bench.attacks import deflate, png
 from scripts.bench.load import Load, build_call, run_load
 from scripts.paths import ROOT, SAMPLE_FILES
 from scripts.serving.launcher import TorchServe
-from tests.attacks import deflate, png
 from tests.client import BATCH_SIZE, V1_PREDICT, V2_INFER, Arguments, ask, ask_at_once, error_of, explain, npy, predict
 from tests.hostile import png_chunk
 

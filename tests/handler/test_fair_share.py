@@ -17,8 +17,8 @@ from handler.limits import MAX_COSTLY_SECONDS, ORDINARY_SECONDS, RETRY_AFTER_SEC
 from handler.preprocess import estimate_seconds, preprocess
 from handler.protocol.request import parse_request
 from handler.saliency_handler import SaliencyHandler
+from scripts.bench.attacks import encode
 from scripts.paths import SAMPLE_FILES
-from tests.attacks import encode
 from tests.worker import IMAGE, answer, context_for
 
 Row = tuple[dict[str, Any], dict[str, Any]]
