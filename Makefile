@@ -10,7 +10,7 @@ SOURCES := $(wildcard handler/*.py handler/*/*.py scripts/packaging/*.py scripts
            serve_config/model-config.yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test test-long test-all lint format package image manifests accuracy evaluate load soak benchmark sweep scale gpu fuzz train \
+.PHONY: help setup serve demo test test-long test-all lint format package image manifests accuracy evaluate load soak benchmark sweep scale gpu fuzz fuzz-http train \
         digits drawings classes localise lock audit sbom clean
 .DELETE_ON_ERROR:
 
@@ -80,6 +80,9 @@ scale: .venv/.installed-dev build/digits.mar ## measure how cost grows, and draw
 
 fuzz: .venv/.installed-fuzz ## fuzz the path of a request for ten minutes, guided by coverage; ARGS="--seconds 60"
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+fuzz-http: .venv/.installed-dev build/digits.mar ## spoil valid requests and send them to a real server for ten minutes; ARGS="--seconds 60"
+	$(BIN)/python -m tests.fuzz_http $(ARGS)
 
 train: .venv/.installed ## train the network again (a quarter of an hour on two cores); DATA_DIR=...
 	$(BIN)/python -m model.train --data-dir $(DATA_DIR) $(ARGS)

@@ -212,21 +212,26 @@ class Attack:
     """A request that looks cheap.
 
     Attributes:
-        body: what is sent.
+        make: writes the body.
         route: with {model} in it.
         headers: beside those of HTTP itself.
         status, error: of the refusal; 0 and nothing where it may be answered, or stopped by the clock of a processor.
     """
 
-    body: bytes
+    make: Callable[[], bytes]
     route: str = "/explanations/{model}"
     headers: Mapping[str, str] = field(default_factory=lambda: {"Content-Type": "application/octet-stream"})
     status: int = 0
     error: str = ""
 
+    @property
+    def body(self) -> bytes:
+        """What is sent."""
+        return self.make()
 
-def _json(body: bytes, status: int, error: str, route: str = "/explanations/{model}") -> Attack:
-    return Attack(body, route, {"Content-Type": "application/json"}, status, error)
+
+def _json(make: Callable[[], bytes], status: int, error: str, route: str = "/explanations/{model}") -> Attack:
+    return Attack(make, route, {"Content-Type": "application/json"}, status, error)
 
 
 def _list_of(value: bytes, byte_count: int, before: bytes = b'{"data":[', after: bytes = b"]}") -> bytes:
@@ -263,107 +268,109 @@ FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 DEEP = b"[" * 989 + b"]" * 989
 
 
-def build_attacks(size: int) -> dict[str, Callable[[], Attack]]:
+def build_attacks(size: int) -> dict[str, Attack]:
     """Make attacks whose bodies have about so many bytes, where more of them do more.
 
     Returns:
-        by name, what makes one.
+        by name; their bodies are written when they are asked for.
     """
     small, large = noise(16, 16), noise(400, 400)
 
-    def unreadable(body: bytes) -> Attack:
+    def unreadable(body: Callable[[], bytes]) -> Attack:
         return Attack(body, status=400, error="UnreadableImage")
 
-    def too_large(body: bytes) -> Attack:
+    def too_large(body: Callable[[], bytes]) -> Attack:
         return Attack(body, status=413, error="ImageTooLarge")
 
     def in_tiles(compression: int, stream: bytes, side: int = 16, *, distinct: bool = False) -> bytes:
         return tiff_of_one_stream(400, 400, side, compression, stream, distinct)
 
     return {
-        "TIFF, tiles share padded JPEG": lambda: unreadable(in_tiles(7, padded_jpeg(small, size))),
-        "TIFF, tiles share empty deflate blocks": lambda: unreadable(in_tiles(8, deflate(small.tobytes(), size))),
-        "TIFF, a tile of empty deflate blocks": lambda: unreadable(in_tiles(8, deflate(large.tobytes(), size), 400)),
-        "TIFF, tiles with padding of their own": lambda: Attack(
-            in_tiles(8, deflate(small.tobytes(), size // 625), distinct=True)
+        "TIFF, tiles share padded JPEG": unreadable(lambda: in_tiles(7, padded_jpeg(small, size))),
+        "TIFF, tiles share empty deflate blocks": unreadable(lambda: in_tiles(8, deflate(small.tobytes(), size))),
+        "TIFF, a tile of empty deflate blocks": unreadable(lambda: in_tiles(8, deflate(large.tobytes(), size), 400)),
+        "TIFF, tiles with padding of their own": Attack(
+            lambda: in_tiles(8, deflate(small.tobytes(), size // 625), distinct=True)
         ),
-        "TIFF, a strip of LZW clear codes": lambda: unreadable(
-            tiff(grey_tiff(28, 28, 5, t273=(4, [8]), t278=(4, [28]), t279=(4, [size])), b"\x80\x40\x20\x10" * (size // 4))
+        "TIFF, a strip of LZW clear codes": unreadable(
+            lambda: tiff(grey_tiff(28, 28, 5, t273=(4, [8]), t278=(4, [28]), t279=(4, [size])), b"\x80\x40\x20\x10" * (size // 4))
         ),
-        "TIFF, a tile of 40,000 x 40,000": lambda: unreadable(
-            tiff(grey_tiff(28, 28, 5, t322=(4, [40_000]), t323=(4, [40_000]), t324=(4, [8]), t325=(4, [100])), bytes(100))
+        "TIFF, a tile of 40,000 x 40,000": unreadable(
+            lambda: tiff(grey_tiff(28, 28, 5, t322=(4, [40_000]), t323=(4, [40_000]), t324=(4, [8]), t325=(4, [100])), bytes(100))
         ),
-        "TIFF, strips share their data": lambda: unreadable(
-            tiff(grey_tiff(4000, 4000, 5, t273=(4, [8] * 4000), t278=(4, [1]), t279=(4, [100] * 4000)), bytes(100))
+        "TIFF, strips share their data": unreadable(
+            lambda: tiff(grey_tiff(4000, 4000, 5, t273=(4, [8] * 4000), t278=(4, [1]), t279=(4, [100] * 4000)), bytes(100))
         ),
-        "TIFF, a page after itself": lambda: unreadable(_tiff_without_end()),
-        "TIFF, tags share a megabyte": lambda: unreadable(_tiff_of_shared_tags(3000, 990_000)),
-        "PNG of empty deflate blocks": lambda: unreadable(png(400, 400, deflate(bytes(401 * 400), size))),
-        "large PNG of empty deflate blocks": lambda: Attack(png(4000, 4000, deflate(bytes(16_001 * 4000), size), colour=6)),
-        "PNG, profile of empty deflate blocks": lambda: too_large(
-            png(28, 28, zlib.compress(bytes(29 * 28)), png_chunk(b"iCCP", b"a\0\0" + deflate(b"a", size + 2_000_000)))
+        "TIFF, a page after itself": unreadable(lambda: _tiff_without_end()),
+        "TIFF, tags share a megabyte": unreadable(lambda: _tiff_of_shared_tags(3000, 990_000)),
+        "PNG of empty deflate blocks": unreadable(lambda: png(400, 400, deflate(bytes(401 * 400), size))),
+        "large PNG of empty deflate blocks": Attack(lambda: png(4000, 4000, deflate(bytes(16_001 * 4000), size), colour=6)),
+        "PNG, profile of empty deflate blocks": too_large(
+            lambda: png(28, 28, zlib.compress(bytes(29 * 28)), png_chunk(b"iCCP", b"a\0\0" + deflate(b"a", size + 2_000_000)))
         ),
-        "JPEG, empty comments in its scans": lambda: too_large(comments_in_scan(large, size + 500_000)),
-        "JPEG, fill bytes": lambda: too_large(encode(large, "JPEG")[:2] + b"\xff" * (size + 200_000) + encode(large, "JPEG")[2:]),
-        "JPEG, 64 million pixels, progressive, full colour": lambda: too_large(
-            encode(Image.new("RGB", (8000, 8000)), "JPEG", progressive=True, subsampling=0)
+        "JPEG, empty comments in its scans": too_large(lambda: comments_in_scan(large, size + 500_000)),
+        "JPEG, fill bytes": too_large(lambda: encode(large, "JPEG")[:2] + b"\xff" * (size + 200_000) + encode(large, "JPEG")[2:]),
+        "JPEG, 64 million pixels, progressive, full colour": too_large(
+            lambda: encode(Image.new("RGB", (8000, 8000)), "JPEG", progressive=True, subsampling=0)
         ),
-        "GIF, blocks of one byte": lambda: too_large(
-            b"GIF89a" + struct.pack("<HHBBB", 9, 9, 0, 0, 0) + b"\x21\xfe" + b"\x01a" * (size // 2 + 110_000) + b"\0;"
+        "GIF, blocks of one byte": too_large(
+            lambda: b"GIF89a" + struct.pack("<HHBBB", 9, 9, 0, 0, 0) + b"\x21\xfe" + b"\x01a" * (size // 2 + 110_000) + b"\0;"
         ),
-        "GIF, a frame larger than its screen": lambda: too_large(gif(9, 9, [(60_000, 60_000, b"\0")])),
-        "WebP of 16,384 x 16,384": lambda: too_large(b"RIFF\x20\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0\xff\x3f\0\xff\x3f\0ANMF\0\0\0\0"),
-        "gzip of empty deflate blocks": lambda: Attack(
-            deflate(b"a", size, 31),
+        "GIF, a frame larger than its screen": too_large(lambda: gif(9, 9, [(60_000, 60_000, b"\0")])),
+        "WebP of 16,384 x 16,384": too_large(lambda: b"RIFF\x20\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0\xff\x3f\0\xff\x3f\0ANMF\0\0\0\0"),
+        "gzip of empty deflate blocks": Attack(
+            lambda: deflate(b"a", size, 31),
             headers={"Content-Encoding": "gzip", "Content-Type": "application/octet-stream"},
             status=400 if size < 8_000_000 else 413,
             error="UnreadableImage" if size < 8_000_000 else "RequestTooLarge",
         ),
-        "gzip of lists": lambda: Attack(
-            gzip.compress(_list_of(b"[]", 30_000_000)),
+        "gzip of lists": Attack(
+            lambda: gzip.compress(_list_of(b"[]", 30_000_000)),
             headers={"Content-Encoding": "gzip", "Content-Type": "application/octet-stream"},
             status=413,
             error="RequestTooLarge",
         ),
-        "JSON, empty lists": lambda: _json(_list_of(b"[]", size + 3_200_000), 413, "RequestTooLarge"),
-        "JSON, a million empty lists": lambda: _json(_list_of(b"[]", 2_900_000), 400, "WrongShape"),
-        "JSON, lists in a tensor": lambda: _json(
-            _list_of(b"[[]]", size + 2_600_000, TENSOR % b"UINT8", b"]}]}"), 413, "RequestTooLarge", V2
+        "JSON, empty lists": _json(lambda: _list_of(b"[]", size + 3_200_000), 413, "RequestTooLarge"),
+        "JSON, a million empty lists": _json(lambda: _list_of(b"[]", 2_900_000), 400, "WrongShape"),
+        "JSON, lists in a tensor": _json(
+            lambda: _list_of(b"[[]]", size + 2_600_000, TENSOR % b"UINT8", b"]}]}"), 413, "RequestTooLarge", V2
         ),
-        "JSON, keys": lambda: _json(
-            b"{" + b",".join(b'"%x":1' % number for number in range(size // 10 + 60_000)) + b"}", 413, "RequestTooLarge"
+        "JSON, keys": _json(
+            lambda: b"{" + b",".join(b'"%x":1' % number for number in range(size // 10 + 60_000)) + b"}", 413, "RequestTooLarge"
         ),
-        "JSON, an option of numbers": lambda: _json(
-            _list_of(b"1", size + 8_300_000, b'{"data":"","samples":['), 413, "RequestTooLarge"
+        "JSON, an option of numbers": _json(
+            lambda: _list_of(b"1", size + 8_300_000, b'{"data":"","samples":['), 413, "RequestTooLarge"
         ),
-        "JSON, an option of four million numbers": lambda: _json(
-            _list_of(b"1", 8_000_000, b'{"data":"","samples":['), 400, "InvalidOption"
+        "JSON, an option of four million numbers": _json(
+            lambda: _list_of(b"1", 8_000_000, b'{"data":"","samples":['), 400, "InvalidOption"
         ),
-        "JSON, a shape of many axes": lambda: _json(
-            _list_of(b"9", min(size, 8_000_000), b'{"inputs":[{"name":"x","datatype":"BYTES","data":["a"],"shape":[', b"]}]}"),
+        "JSON, a shape of many axes": _json(
+            lambda: _list_of(
+                b"9", min(size, 8_000_000), b'{"inputs":[{"name":"x","datatype":"BYTES","data":["a"],"shape":[', b"]}]}"
+            ),
             400,
             "InvalidRequest",
             V2,
         ),
-        "JSON, deep target": lambda: _json(b'{"data":"","target":' + DEEP + b"}", 400, "MalformedJSON"),
-        "JSON, deep samples": lambda: _json(b'{"data":"","samples":' + DEEP + b"}", 400, "MalformedJSON"),
-        "JSON, deep objects": lambda: _json(b'{"noise":' * 988 + b"1" + b"}" * 988, 400, "MalformedJSON"),
-        "JSON, digits": lambda: _json(b'{"data":[[' + b"9" * size + b"]]}", 400, "MalformedJSON"),
-        "JSON, numbers of 4,300 digits": lambda: _json(_list_of(b"9" * 4300, size), 400, "WrongShape"),
-        "JSON, base64 of line breaks": lambda: _json(b'{"data":"' + b"\\n" * (size // 2) + b'"}', 400, "EmptyRequest"),
-        "JSON, base64 with an emoji": lambda: _json('{"data":"\U0001f600'.encode() + b"a" * size + b'"}', 400, "MalformedBase64"),
-        "JSON, texts": lambda: _json(_list_of(b'""', size + 400_000), 413, "RequestTooLarge"),
-        "form of many fields": lambda: Attack(
-            b"&".join(b"f%d=1" % number for number in range(min(size // 8, 100_000))),
+        "JSON, deep target": _json(lambda: b'{"data":"","target":' + DEEP + b"}", 400, "MalformedJSON"),
+        "JSON, deep samples": _json(lambda: b'{"data":"","samples":' + DEEP + b"}", 400, "MalformedJSON"),
+        "JSON, deep objects": _json(lambda: b'{"noise":' * 988 + b"1" + b"}" * 988, 400, "MalformedJSON"),
+        "JSON, digits": _json(lambda: b'{"data":[[' + b"9" * size + b"]]}", 400, "MalformedJSON"),
+        "JSON, numbers of 4,300 digits": _json(lambda: _list_of(b"9" * 4300, size), 400, "WrongShape"),
+        "JSON, base64 of line breaks": _json(lambda: b'{"data":"' + b"\\n" * (size // 2) + b'"}', 400, "EmptyRequest"),
+        "JSON, base64 with an emoji": _json(lambda: '{"data":"\U0001f600'.encode() + b"a" * size + b'"}', 400, "MalformedBase64"),
+        "JSON, texts": _json(lambda: _list_of(b'""', size + 400_000), 413, "RequestTooLarge"),
+        "form of many fields": Attack(
+            lambda: b"&".join(b"f%d=1" % number for number in range(min(size // 8, 100_000))),
             headers=FORM,
             status=413,
             error="RequestTooLarge",
         ),
-        "form, a target of many numbers": lambda: Attack(
-            b"data=x&target=" + b"1," * (size // 2), headers=FORM, status=400, error="InvalidOption"
+        "form, a target of many numbers": Attack(
+            lambda: b"data=x&target=" + b"1," * (size // 2), headers=FORM, status=400, error="InvalidOption"
         ),
-        "64 progressive JPEGs with smoothgrad": lambda: Attack(
-            _instances(encode(large, "JPEG", progressive=True), 64, method="smoothgrad"),
+        "64 progressive JPEGs with smoothgrad": Attack(
+            lambda: _instances(encode(large, "JPEG", progressive=True), 64, method="smoothgrad"),
             V1,
             {"Content-Type": "application/json"},
             413,

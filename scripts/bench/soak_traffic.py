@@ -17,6 +17,7 @@ import orjson
 from numpy.typing import NDArray
 from PIL import Image
 
+from scripts.bench.attacks import Attack, build_attacks
 from scripts.bench.digit_requests import BINARY
 from scripts.bench.digits import dither
 from scripts.bench.load import Call, build_call
@@ -29,6 +30,7 @@ PIXEL_TOLERANCE = 1.0  # of drawings: mean difference of colours, of 255
 TIED_SHARE = 0.05
 KNOWN_REPLIES = 100  # to one call, remembered as right; others are compared again
 LARGE_FORM_BYTES = 7_000_000  # over 6.25 MiB a frontend may hold an upload in a temp file
+ATTACK_BYTES = 400_000  # of those whose size is free
 SEED = 0  # of the noise, and of the order of calls
 
 
@@ -127,6 +129,13 @@ def _tensor(sample: Sample, count: int) -> dict[str, Any]:
     return {"inputs": [{"name": "x", "shape": [count], "datatype": "BYTES", "data": [sample.text] * count}]}
 
 
+ATTACKS = {name: attack for name, attack in build_attacks(ATTACK_BYTES).items() if attack.status}
+
+
+def _attack_kind(name: str, attack: Attack) -> Kind:
+    return Kind(name, 0, lambda _: Message(attack.route, attack.body, attack.headers), attack.status, attack.error)
+
+
 EXPLANATIONS, V1_EXPLAIN, V2_EXPLAIN = "/explanations/{model}", "/v1/models/{model}:explain", "/v2/models/{model}/explain"
 
 KINDS = (
@@ -163,8 +172,9 @@ KINDS = (
         413,
         "RequestTooLarge",
     ),
+    *(_attack_kind(name, attack) for name, attack in ATTACKS.items()),
 )
-RARE = "explain, large form"  # sent once in each turn through all calls
+RARE = frozenset({"explain, large form", *ATTACKS})  # sent once in each turn through all calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +216,7 @@ def build_traffic(address: str, model: str, samples: Sequence[Sample]) -> Traffi
     labels: list[int] = []
     for number, sample in enumerate(samples):
         for kind in KINDS:
-            count = int(number == 0) if kind.name == RARE else kind.weight
+            count = int(number == 0) if kind.name in RARE else kind.weight
             if not count:
                 continue
             message = kind.make(sample)

@@ -106,7 +106,7 @@ def beside_a_polite_client(server: TorchServe) -> Iterator[None]:
 
 def send(server: TorchServe, attack: Attack) -> requests.Response:
     url = server.address + attack.route.format(model="digits")
-    return requests.post(url, data=attack.body, headers=dict(attack.headers), timeout=TIMEOUT_S)
+    return requests.post(url, data=attack.make(), headers=dict(attack.headers), timeout=TIMEOUT_S)
 
 
 def type_of(reply: requests.Response) -> str:
@@ -131,13 +131,13 @@ def check_attack(server: TorchServe, worker_pids: Callable[[], list[int]], attac
 
 @pytest.mark.parametrize("name", NAMES)
 def test_attack_costs_no_more_than_it_says(server: TorchServe, worker_pids: Callable[[], list[int]], name: str) -> None:
-    check_attack(server, worker_pids, build_attacks(SIZE)[name]())
+    check_attack(server, worker_pids, build_attacks(SIZE)[name])
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_large_attack_costs_no_more_than_it_says(server: TorchServe, worker_pids: Callable[[], list[int]], name: str) -> None:
-    check_attack(server, worker_pids, build_attacks(LARGE_SIZE)[name]())
+    check_attack(server, worker_pids, build_attacks(LARGE_SIZE)[name])
 
 
 @pytest.mark.long
@@ -145,7 +145,7 @@ def test_large_attack_costs_no_more_than_it_says(server: TorchServe, worker_pids
 def test_polite_client_is_answered_beside_several_attackers(
     server: TorchServe, worker_pids: Callable[[], list[int]], name: str
 ) -> None:
-    attack, workers = build_attacks(SIZE)[name](), worker_pids()
+    attack, workers = build_attacks(SIZE)[name], worker_pids()
     replies: list[requests.Response] = []
     with beside_a_polite_client(server):
         attackers = [threading.Thread(target=lambda: replies.append(send(server, attack))) for _ in range(SEVERAL)]

@@ -32,7 +32,7 @@ def test_short_soak_leaves_nothing_and_answers_all_rightly(
     assert code == 0, printed.out + printed.err
     report = json.loads(output.with_suffix(".json").read_text())
     assert {gate["demand"] for gate in report["gates"] if gate["passed"]} == JUDGED
-    assert {kind["name"] for kind in report["kinds"] if kind["right"]} | {RARE} == {kind.name for kind in KINDS}
+    assert {kind["name"] for kind in report["kinds"] if kind["right"]} | RARE == {kind.name for kind in KINDS}
     names = [process["name"] for process in report["processes"]]
     assert names == [*(f"worker {number}" for number in range(1, 1 + read_model_config("auto")["minWorkers"])), "JVM"]
     assert all(100 < process["rss_mib"] < 4000 and process["slope"] for process in report["processes"])
