@@ -11,7 +11,7 @@ SOURCES := $(wildcard handler/*.py handler/*/*.py scripts/packaging/*.py scripts
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve demo test test-long test-all lint format package image manifests accuracy evaluate load soak benchmark sweep scale gpu fuzz fuzz-http train \
-        digits drawings classes localise lock audit sbom clean
+        digits drawings screenshots classes localise lock audit sbom clean
 .DELETE_ON_ERROR:
 
 help: ## show the targets
@@ -93,6 +93,9 @@ digits: .venv/.installed ## draw the test digits again
 drawings: .venv/.installed ## draw .github/explained.png of the README again; a server must be running
 	$(BIN)/python -m scripts.serving.explain model/samples/3-4.png model/samples/4-1.png model/samples/7-3.png --target predicted,9 \
 		--output .github/explained.png
+
+screenshots: .venv/.installed-dev ## take the screenshots of the page to draw on; a server must be running, and Chromium installed
+	$(BIN)/python -m scripts.demo.screenshots $(ARGS)
 
 classes: .venv/.installed ## make an image that maximises each class; DATA_DIR=...
 	$(BIN)/python -m scripts.research.class_images --data-dir $(DATA_DIR) --output .github/classes.png $(ARGS)

@@ -256,6 +256,8 @@ class Proxy:
         try:
             json.loads(content)
         except ValueError as error:
+            if reply.status_code >= 400:  # of a proxy in front of the model, in its own form
+                return UpstreamError(reply.status_code, "HTTPError", reply.reason_phrase).response()
             raise UpstreamError(502, "NotThisService", f"{_origin_of(url)} does not answer as this API does") from error
         return Response(bytes(content), reply.status_code, media_type="application/json")
 

@@ -227,9 +227,19 @@ def test_question_that_the_page_takes_back_is_taken_back_from_the_model(address:
     [
         ((200, b"<html>"), (502, "NotThisService")),
         ((401, {"error": "no"}), (401, "TokenRefused")),
+        ((403, b"denied"), (401, "TokenRefused")),
+        ((429, b"slow down"), (429, "HTTPError")),
+        ((503, b"no healthy upstream"), (503, "HTTPError")),
         ((400, {"code": 400, "type": "InvalidKeyException", "message": "no"}), (401, "TokenRefused")),
     ],
-    ids=["another service", "a proxy's 401", "TorchServe's own refusal"],
+    ids=[
+        "another service",
+        "a proxy's 401",
+        "a proxy's 403",
+        "a proxy's limit",
+        "a proxy without servers",
+        "TorchServe's own refusal",
+    ],
 )
 def test_reply_that_is_no_answer_says_what_it_is(
     address: str, upstream: Upstream, answer: tuple[int, object], expected: tuple[int, str]
