@@ -28,6 +28,7 @@ BMP_SIZES = struct.Struct("<iiHHI")  # width, height, planes, bits, compression
 MAX_BMP_BITS = 32
 
 PLAIN_BYTES, PLAIN_PIXELS = 1_000_000, 4_000_000  # of files that are decoded in tens of milliseconds, whatever is in them
+PLAIN_VISITS = 60_000_000  # of a progressive JPEG's coefficients
 # Processor seconds that decoding takes, for each pixel (with that, making it grey) and for each byte of the file.
 SECONDS_A_PIXEL = {"PNG": 16e-9, "JPEG": 8e-9, "GIF": 16e-9, "BMP": 16e-9, "TIFF": 30e-9, "WEBP": 20e-9}
 SECONDS_A_BYTE = 15e-9
@@ -156,7 +157,8 @@ def _read_jpeg(content: bytes, budget: DecodingBudget) -> tuple[int, float, bool
             f"expected a progressive JPEG of at most {MAX_COEFFICIENTS:,} coefficients, got one of {jpeg.width} x {jpeg.height} "
             f"pixels with {jpeg.coefficients:,}: send a baseline JPEG"
         )
-    return min(pixels, MAX_PIXELS), jpeg.coefficients * jpeg.scan_count * SECONDS_A_SCAN_COEFFICIENT, False
+    visits = jpeg.coefficients * jpeg.scan_count
+    return min(pixels, MAX_PIXELS), visits * SECONDS_A_SCAN_COEFFICIENT, visits <= PLAIN_VISITS
 
 
 def _read_gif(content: bytes, budget: DecodingBudget) -> tuple[int, float, bool]:
