@@ -152,6 +152,7 @@ def run(arguments: argparse.Namespace) -> int:
     storage = open_storage(arguments.output)
     options = options_of(arguments)
     started = time.monotonic()
+    read_job(storage)  # a folder that holds other files is left as it is
     with storage.hold() as own_folder:
         begun = read_job(storage)
         images, notes = list_images(
@@ -204,8 +205,8 @@ def _shard_size(image_count: int, process_count: int) -> int:
 
 
 def _choose_devices(arguments: argparse.Namespace) -> list[int | None]:
-    """Name a GPU for each process, or None for the CPU."""
-    if arguments.device == "cpu":
+    """Name a GPU for each process on this machine, or None for the CPU. A cluster has its own."""
+    if arguments.device == "cpu" or arguments.ray is not None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return [None] * (arguments.processes or cores)
     import torch  # here: no other part of this process needs it

@@ -83,8 +83,8 @@ def read_job(storage: Storage) -> Job | None:
         BulkError: the place holds other files.
     """
     try:
-        content = json.loads(storage.read(JOB_FILE))
-    except FileNotFoundError:
+        content = storage.read(JOB_FILE)
+    except (FileNotFoundError, NotADirectoryError):
         others = sorted(storage.names() - {JOB_FOLDER})
         if others:
             raise BulkError(
@@ -93,9 +93,11 @@ def read_job(storage: Storage) -> Job | None:
             ) from None
         return None
     try:
-        return Job(**content)
-    except TypeError as error:
-        raise BulkError(f"{storage} holds a job of another version of scripts.bulk; choose another --output") from error
+        return Job(**json.loads(content))
+    except (TypeError, ValueError) as error:
+        raise BulkError(
+            f"{storage} holds a job that is damaged, or of another version of scripts.bulk; choose another --output"
+        ) from error
 
 
 def begin(storage: Storage, job: Job, images: pa.Table) -> None:

@@ -5,9 +5,10 @@ there twice.
 """
 
 import socket
+import sys
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,9 @@ class ShardActor:
         (folder / "archive.mar").write_bytes(archive)
         unpack(folder / "archive.mar", folder / "archive")
         self._explainer = Explainer(folder / "archive", headers, folder / "process.log", gpu)
+
+    def start(self) -> None:
+        """Do nothing; the answer says that the actor has started."""
 
     def explain(self, job: Job, shard: Shard, storage: Storage, batch_size: int) -> Outcome:
         """Answer one shard into its file."""
@@ -114,48 +118,57 @@ class Cluster:
         self._arguments = (archive, headers)
         need = {"num_gpus": 1, "num_cpus": 1} if resources.uses_gpus else {"num_cpus": 1}
         self._actor_class = ray.remote(**need, max_restarts=0)(ShardActor)
+        self._starting: dict[Any, Any] = {}  # actors, by the reference of what says that they have started
         self._idle: list[Any] = []
         self._busy: dict[Any, tuple[Any, Shard]] = {}  # by the reference of what an actor computes
 
     def run(self, job: Job, shards: Sequence[Shard], storage: Storage, batch_size: int, on_rows: OnRows) -> list[Outcome]:
         """Answer shards; see `run_on_ray`."""
         waiting = deque(shards)
-        idle = self._idle
-        losses: dict[int, int] = {}
+        losses: Counter[int | None] = Counter()  # by the shard's number; None for an actor that did not start
         outcomes: list[Outcome] = []
-        last_progress = time.monotonic()
+        last_sign_of_life = time.monotonic()
         while waiting or self._busy:
-            room = min(self._room(), len(waiting) + len(self._busy)) - len(self._busy) - len(idle)
-            idle += [
-                self._actor_class.remote(*self._arguments, gpu=0 if self._resources.uses_gpus else None) for _ in range(room)
-            ]
-            while idle and waiting:
-                actor, shard = idle.pop(), waiting.popleft()
-                self._busy[actor.explain.remote(job, shard, storage, batch_size)] = actor, shard
-            done, _ = self._ray.wait(list(self._busy), timeout=POLL_S) if self._busy else ([], [])
+            self._start_actors(len(waiting) + len(self._busy))
+            while self._idle and waiting:
+                free, first = self._idle.pop(), waiting.popleft()
+                self._busy[free.explain.remote(job, first, storage, batch_size)] = free, first
+            done, _ = self._ray.wait([*self._busy, *self._starting], timeout=POLL_S) if self._busy or self._starting else ([], [])
             for reference in done:
-                actor, shard = self._busy.pop(reference)
-                try:
-                    outcome = self._ray.get(reference)
-                except self._ray.exceptions.RayActorError as error:  # the actor or its node is gone
-                    losses[shard.number] = losses.get(shard.number, 0) + 1
-                    if losses[shard.number] == MAX_LOSSES:
-                        raise BulkError(f"{shard.file_name} lost {MAX_LOSSES} actors, one after the other: {error}") from error
-                    waiting.appendleft(shard)
-                except self._ray.exceptions.RayTaskError as error:
-                    raise error.cause from error
+                shard: Shard | None = None
+                if reference in self._busy:
+                    actor, shard = self._busy.pop(reference)
                 else:
-                    outcomes.append(outcome)
-                    idle.append(actor)
-                    on_rows(outcome.image_count, sum(outcome.errors.values()))
-                    last_progress = time.monotonic()
-            if not self._room() and time.monotonic() - last_progress > WAIT_FOR_NODES_S:
-                raise BulkError(f"the cluster has had no machine for {WAIT_FOR_NODES_S} s; what is done stays")
-            if not self._busy:
+                    actor = self._starting.pop(reference)
+                try:
+                    outcome: Outcome | None = self._ray.get(reference)
+                except self._ray.exceptions.RayTaskError as error:  # raised there
+                    raise error.cause from error
+                except self._ray.exceptions.RayError as error:  # the actor or its node is gone
+                    self._idle.clear()  # some of which may be gone too; others are started
+                    number = None if shard is None else shard.number
+                    losses[number] += 1
+                    if losses[number] == MAX_LOSSES:
+                        what = "no actor starts" if shard is None else f"{shard.file_name} lost its actor"
+                        raise BulkError(f"{what}, {MAX_LOSSES} times: {error}") from error
+                    if shard is not None:
+                        waiting.appendleft(shard)
+                else:
+                    last_sign_of_life = time.monotonic()
+                    self._idle.append(actor)
+                    if outcome is not None:
+                        outcomes.append(outcome)
+                        on_rows(outcome.image_count, sum(outcome.errors.values()))
+            if not self._busy and time.monotonic() - last_sign_of_life > WAIT_FOR_NODES_S:
+                raise BulkError(f"the cluster has had no room for {WAIT_FOR_NODES_S} s; what is done stays")
+            if not self._busy and not self._starting and not self._idle:
                 time.sleep(POLL_S)
         return outcomes
 
-    def _room(self) -> int:
-        """How many actors the cluster can hold now."""
-        count = int(self._ray.cluster_resources().get("GPU" if self._resources.uses_gpus else "CPU", 0))
-        return count if self._resources.process_count is None else min(count, self._resources.process_count)
+    def _start_actors(self, shard_count: int) -> None:
+        """Start actors where the cluster may have room. Shards go to those that have started."""
+        kind = "GPU" if self._resources.uses_gpus else "CPU"
+        room = min(int(self._ray.cluster_resources().get(kind, 0)), self._resources.process_count or sys.maxsize, shard_count)
+        for _ in range(room - len(self._starting) - len(self._idle) - len(self._busy)):
+            actor = self._actor_class.remote(*self._arguments, gpu=0 if self._resources.uses_gpus else None)
+            self._starting[actor.start.remote()] = actor

@@ -362,6 +362,7 @@ def test_what_cannot_begin_says_why(
     assert main(["--archive", str(archive), "--output", "out", *ONE_PROCESS, *arguments]) == 1
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("out/part-*"))
+    assert not (tmp_path / "_job").exists()
 
 
 def test_help_lists_every_option_of_an_image() -> None:
