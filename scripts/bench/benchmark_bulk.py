@@ -4,10 +4,12 @@
 
 The loop reads files in batches and has the archive's handler answer them, in as many processes, and keeps nothing. Bulk does that
 and checks, sends, writes and flushes Parquet files. Rounds take turns, starts are left out, and medians count. With `--ray-nodes`
-the same for Ray on a simulated cluster, whose nodes have one CPU each.
+the same for Ray on a simulated cluster, whose nodes have one CPU each. Where other programs share the machine, processor time
+says more than rates do.
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import shutil
@@ -17,10 +19,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import psutil
 
 from scripts.bench.arguments import read_count
 from scripts.bench.machine import command_of, describe_machine, join_facts
@@ -141,18 +146,39 @@ def make_images(folder: Path, count: int) -> list[Path]:
     return files
 
 
-def measure(runs: Mapping[str, Run], image_count: int, round_count: int) -> dict[str, list[float]]:
-    """Let all take turns, after one round that does not count. Returns the rates of each, in images a second."""
-    rates: dict[str, list[float]] = {name: [] for name in runs}
+@dataclass(slots=True)
+class Samples:
+    """What the rounds of one program took."""
+
+    images_per_s: list[float] = field(default_factory=list)
+    cpu_ms_per_image: list[float] = field(default_factory=list)
+
+
+def measure(runs: Mapping[str, Run], image_count: int, round_count: int) -> dict[str, Samples]:
+    """Let all take turns, after one round that does not count."""
+    samples = {name: Samples() for name in runs}
     for number in range(round_count + 1):
         for name, run in runs.items():
-            started = time.perf_counter()
+            started, cpu_s = time.perf_counter(), _cpu_seconds()
             run()
             rate = image_count / (time.perf_counter() - started)
+            cpu_ms = (_cpu_seconds() - cpu_s) * 1000 / image_count
             if number:
-                rates[name].append(rate)
-                print(f"round {number}: {name} {rate:,.0f} images/s", file=sys.stderr)
-    return rates
+                samples[name].images_per_s.append(rate)
+                samples[name].cpu_ms_per_image.append(cpu_ms)
+                print(f"round {number}: {name} {rate:,.0f} images/s, {cpu_ms:.3f} ms of a CPU for each", file=sys.stderr)
+    return samples
+
+
+def _cpu_seconds() -> float:
+    """Processor time that this process and all that it started have had so far."""
+    own = psutil.Process()
+    total = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with contextlib.suppress(psutil.Error):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -199,16 +225,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs[RAY] = stack.enter_context(
                 ray_runner(arguments.archive, headers, job, shards, storage, batch_size, arguments.ray_nodes)
             )
-        rates = measure(runs, len(files), arguments.rounds)
-    medians = {name: median(own) for name, own in rates.items()}
+        samples = measure(runs, len(files), arguments.rounds)
+    rates = {name: own.images_per_s for name, own in samples.items()}
+    rate = {name: median(own) for name, own in rates.items()}
+    cpu_ms = {name: median(own.cpu_ms_per_image) for name, own in samples.items()}
     report: dict[str, Any] = {
         "command": command_of("benchmark_bulk", argv),
         "machine": describe_machine(PACKAGES),
         "images": len(files),
-        "images_per_s": {
-            name: {"median": round(medians[name]), "all": [round(rate) for rate in own]} for name, own in rates.items()
-        },
-        "of_the_loop": {name: round(rate / medians[LOOP], 3) for name, rate in medians.items() if name != LOOP},
+        "images_per_s": {name: {"median": round(rate[name]), "all": list(map(round, own))} for name, own in rates.items()},
+        "cpu_ms_per_image": {name: round(own, 4) for name, own in cpu_ms.items()},
+        "of_the_loop": {name: round(own / rate[LOOP], 3) for name, own in rate.items() if name != LOOP},
+        "of_the_loop_by_cpu": {name: round(cpu_ms[LOOP] / own, 3) for name, own in cpu_ms.items() if name != LOOP},
     }
     print(json.dumps(report, indent=2))
     return 0

@@ -582,5 +582,6 @@ def test_the_mean_maps_of_an_output_are_drawn(archive: Path, tmp_path: Path) -> 
     np.testing.assert_allclose(means[1], maps[5:].mean(axis=0), rtol=1e-5, atol=1e-7)
     drawing = tmp_path / "means.png"
     assert draw_mean_maps([str(tmp_path / "out"), "--output", str(drawing)]) == 0
-    assert Image.open(drawing).size[0] > 2 * 96
+    with Image.open(drawing) as image:
+        assert image.size[0] > 2 * 96
     assert draw_mean_maps([str(tmp_path / "nothing"), "--output", str(drawing)]) == 1
