@@ -11,14 +11,18 @@ FROM ${BASE} AS build
 ARG DEVICE=cpu
 # Where torch's CPU build is linked from, a page or a folder; PyPI has only the CUDA one.
 ARG TORCH_LINKS=https://download.pytorch.org/whl/cpu/torch/
+# Certificates that pip trusts: a file of the build's machine where a proxy of yours signs anew (make image ARGS="--ca-bundle FILE").
+ARG CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt
 # hadolint ignore=DL3008  # the base's release pins them
-RUN apt-get update && apt-get install --yes --no-install-recommends python3-venv && python3 -m venv /opt/venv
+RUN apt-get update && apt-get install --yes --no-install-recommends ca-certificates python3-venv \
+ && python3 -m venv /opt/venv
 WORKDIR /opt/saliency-serve
 # Everything is locked, with hashes. requirements.txt has the CUDA build; the others have all but torch, and torch's CPU build.
 COPY requirements.txt /tmp/locks/cuda.txt
 COPY serve_config/cluster/requirements.txt /tmp/locks/cpu.txt
 COPY serve_config/cluster/torch-cpu.txt /tmp/locks/torch-cpu.txt
-RUN /opt/venv/bin/pip install --no-cache-dir --no-compile --no-deps --require-hashes --requirement "/tmp/locks/${DEVICE}.txt" \
+RUN export PIP_CERT="${CA_BUNDLE}" \
+ && /opt/venv/bin/pip install --no-cache-dir --no-compile --no-deps --require-hashes --requirement "/tmp/locks/${DEVICE}.txt" \
  && if [ "${DEVICE}" = cpu ]; then \
       /opt/venv/bin/pip install --no-cache-dir --no-compile --no-deps --require-hashes --find-links "${TORCH_LINKS}" \
         --requirement /tmp/locks/torch-cpu.txt; \

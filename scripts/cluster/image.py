@@ -74,6 +74,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="where torch's CPU build is linked from, a page or (not with docker) a folder; default: PyTorch's own index",
     )
+    parser.add_argument(
+        "--ca-bundle", type=Path, metavar="FILE", help="certificates that pip trusts while it builds, PEM; not with docker"
+    )
     parser.add_argument("options", nargs="*", metavar="OPTION", help="more options of the builder, after --")
     return parser
 
@@ -95,6 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if folder.is_dir():
             given["TORCH_LINKS"] = "/wheels"
             options += ["--volume", f"{folder.resolve()}:/wheels:ro"]
+    if arguments.ca_bundle:
+        given["CA_BUNDLE"] = "/ca-bundle.pem"
+        options += ["--volume", f"{arguments.ca_bundle.resolve()}:/ca-bundle.pem:ro"]
     tag = arguments.tag or f"{NAME}:{arguments.device}"
     command = build_command(builder, tag, given, options)
     print(f"building {tag} with {builder} ...", file=sys.stderr)

@@ -244,7 +244,12 @@ WRONG_BY_RULE = {
             "a lost Prometheus would mean no load",
         ),
         ("autoscale", "ScaledObject", setting("spec|fallback", None), "expected a fallback"),
-        ("autoscale", "ScaledObject", setting(TRIGGER + "metadata|threshold", "8"), "expected 16, 8 for each of 2 workers"),
+        (
+            "autoscale",
+            "ScaledObject",
+            setting(TRIGGER + "metadata|threshold", "3"),
+            "expected 4 to 16 requests in flight for 2 workers",
+        ),
         ("autoscale", "ScaledObject", setting(TRIGGER + "metricType", "Value"), "expected metricType AverageValue"),
         ("autoscale", "ScaledObject", setting("spec|maxReplicaCount", 2), "got 2 to 2"),
         (
@@ -258,7 +263,12 @@ WRONG_BY_RULE = {
             'expected namespace="digits" in its query',
         ),
         ("autoscale", "ScaledObject", setting(TRIGGER + "metadata|query", 'up{namespace="digits"}'), "names no metric of this"),
-        ("autoscale", "Deployment", setting(CONTAINER + "args|0", "--workers=4"), "expected 32, 8 for each of 4 workers"),
+        (
+            "autoscale",
+            "Deployment",
+            setting(CONTAINER + "args|0", "--workers=1"),
+            "expected 2 to 8 requests in flight for 1 work",
+        ),
         (
             *("autoscale-hpa", "HorizontalPodAutoscaler"),
             setting("spec|metrics|0|external|metric|name", "requests_in_flight"),
@@ -266,12 +276,15 @@ WRONG_BY_RULE = {
         ),
         (
             *("autoscale-hpa", "HorizontalPodAutoscaler"),
-            *(setting("spec|metrics|0|external|target|averageValue", "16m"), "expected 16, 8 for each of 2 workers, got '16m'"),
+            *(
+                setting("spec|metrics|0|external|target|averageValue", "16m"),
+                "expected 4 to 16 requests in flight for 2 workers, got '16m'",
+            ),
         ),
         (
             *("kserve", "InferenceService"),
             setting(PREDICTOR + "autoScaling|metrics|0|external|target|averageValue", "3"),
-            "expected 16, 8 for each of 2 workers, got '3'",
+            "expected 4 to 16 requests in flight for 2 workers, got '3'",
         ),
         ("kserve", "InferenceService", setting(PREDICTOR + "autoScaling", None), "scales by nothing"),
     ],
