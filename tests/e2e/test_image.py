@@ -53,7 +53,7 @@ class Image:
 def run(*command: str, **options: Any) -> str:
     finished = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BUILD_TIMEOUT_S, **options)
     assert finished.returncode == 0, f"{command}:\n{(finished.stdout + finished.stderr)[-4000:]}"
-    return finished.stdout.strip()
+    return str(finished.stdout).strip()
 
 
 def require_programs() -> None:

@@ -45,7 +45,7 @@ def test_whichever_builder_is_there_builds(
         program.chmod(0o755)
     (tmp_path / "ca.pem").touch()
     monkeypatch.setenv("PATH", os.pathsep.join([str(tmp_path), "/usr/bin", "/bin"]))
-    monkeypatch.setattr(image.shutil, "which", lambda name: str(tmp_path / name) if name in installed else None)
+    monkeypatch.setattr("scripts.cluster.image.shutil.which", lambda name: str(tmp_path / name) if name in installed else None)
     assert image.main(["--device=cuda", f"--ca-bundle={tmp_path / 'ca.pem'}", "--", "--network", "host"]) == 0
     called = (tmp_path / "called").read_text()
     assert called.startswith(f"{command} --tag localhost/saliency-serve:cuda --build-arg DEVICE=cuda ")
@@ -55,7 +55,7 @@ def test_whichever_builder_is_there_builds(
 
 
 def test_no_builder_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(image.shutil, "which", lambda name: None)
+    monkeypatch.setattr("scripts.cluster.image.shutil.which", lambda name: None)
     assert image.main([]) == 1
     assert "there is none of docker, podman, buildah" in capsys.readouterr().err
 
