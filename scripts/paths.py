@@ -15,6 +15,7 @@ SERVE_CONFIG = ROOT / "serve_config"
 CONFIGURATION = SERVE_CONFIG / "config.properties"  # TorchServe's, in development
 HARDENED_CONFIGURATION = SERVE_CONFIG / "config-hardened.properties"
 LOG_CONFIGURATION = SERVE_CONFIG / "log4j2.xml"
+FRONTEND_METRICS = ROOT / "scripts" / "serving" / "frontend_metrics.py"  # TorchServe runs it
 JAVA_LOGGING = SERVE_CONFIG / "logging.properties"
 MODEL_CONFIG = SERVE_CONFIG / "model-config.yaml"
 GPU_MODEL_CONFIG = SERVE_CONFIG / "model-config-gpu.yaml"

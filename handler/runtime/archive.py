@@ -1,10 +1,8 @@
 """The files of an unpacked archive -> a checked network.
 
-The archive lists its files in SHA256SUMS, in the format of `sha256sum`, so that `sha256sum --check SHA256SUMS` holds in it.
-Knows nothing of TorchServe.
+`checksums.py` checks the files themselves. Knows nothing of TorchServe.
 """
 
-import hashlib
 import inspect
 from pathlib import Path
 from typing import cast
@@ -17,36 +15,18 @@ from numpy.typing import NDArray
 from torch import nn
 
 from handler.gradients.compiled import import_file
+from handler.runtime.checksums import SUMS_FILE, ArchiveError, verify_files
 
-SUMS_FILE = "SHA256SUMS"
-
-
-class ArchiveError(RuntimeError):
-    """The archive is not fit to be served: a file is missing, damaged, or does not match the others."""
-
-
-def verify_files(model_dir: Path) -> dict[str, str]:
-    """Check every file that SHA256SUMS lists.
-
-    Returns:
-        the SHA-256 of each listed file, in hexadecimal, by its path in the archive.
-    Raises:
-        ArchiveError: the list or a listed file is missing, or a file is not what the list says.
-    """
-    sums_file = model_dir / SUMS_FILE
-    if not sums_file.is_file():
-        raise ArchiveError(f"the archive has no {SUMS_FILE}; build it with python -m scripts.packaging")
-    sums = {}
-    for line in sums_file.read_text().splitlines():
-        expected, _, name = line.partition("  ")
-        path = model_dir / name
-        if not path.is_file():
-            raise ArchiveError(f"{name} is missing from the archive")
-        actual = hashlib.sha256(path.read_bytes()).hexdigest()
-        if actual != expected:
-            raise ArchiveError(f"{name} is damaged: its SHA-256 is {actual}, and {SUMS_FILE} says {expected}")
-        sums[name] = actual
-    return sums
+__all__ = [
+    "SUMS_FILE",
+    "ArchiveError",
+    "build_network",
+    "input_shape_of",
+    "load_network",
+    "load_weights",
+    "mean_pixel_of",
+    "verify_files",
+]
 
 
 def build_network(model_file: Path) -> nn.Module:

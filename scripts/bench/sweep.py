@@ -52,6 +52,7 @@ VALUES: Mapping[str, Sequence[str]] = {  # all values tried of each setting; the
         "-XX:+UseSerialGC",
         "-XX:+UseSerialGC -Xms256m -XX:+AlwaysPreTouch",
         "-XX:+UseSerialGC -Xms256m -XX:+AlwaysPreTouch -Dio.netty.allocator.maxOrder=7",
+        "-XX:+UseSerialGC -Xms256m -Xmx1g -XX:+AlwaysPreTouch -XX:MaxDirectMemorySize=768m -Dio.netty.allocator.type=unpooled",
         "-XX:+UseSerialGC -Xmn256m",
         "-XX:+UseParallelGC",
         "-XX:+UseParallelGC -Xmx512m",

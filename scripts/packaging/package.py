@@ -19,7 +19,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from model_archiver.model_archiver_config import ModelArchiverConfig
 from model_archiver.model_packaging import generate_model_archive
@@ -27,17 +27,27 @@ from model_archiver.model_packaging import generate_model_archive
 from handler.gradients.compiled import COMPILED_PASS_FILE
 from handler.gradients.compiler import compile_pass
 from handler.gradients.explain import freeze
-from handler.runtime.archive import SUMS_FILE, load_network
+from handler.runtime.archive import load_network
 from handler.runtime.calibration import CALIBRATION_FILE
 from scripts.command_line import HelpFormatter
+from scripts.packaging.archive_file import checksum_file_of, read_archive, write_archive
 from scripts.packaging.check import require_servable
 from scripts.packaging.reference import make_reference_answer
 from scripts.paths import ARCHIVE, ENTRY_MODULE, MODEL_CONFIG, MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE
 
+__all__ = [
+    "MODEL_VERSION",
+    "build_archive",
+    "build_parser",
+    "checksum_file_of",
+    "main",
+    "read_archive",
+    "smoke_test",
+    "write_archive",
+]
+
 MANIFEST = "MAR-INF/MANIFEST.json"
 MODEL_VERSION = "1.0"
-
-Entries = dict[str, bytes]  # an archive's files by their names in it
 
 
 def build_archive(
@@ -88,34 +98,6 @@ def build_archive(
         entries[CALIBRATION_FILE] = calibration_file.read_bytes()
     entries[REFERENCE_FILE] = make_reference_answer(network, hashlib.sha256(weights_file.read_bytes()).hexdigest())
     return write_archive(output, entries)
-
-
-def checksum_file_of(archive: Path) -> Path:
-    """Name the file beside an archive that holds its SHA-256, as `sha256sum` writes it."""
-    return archive.with_name(f"{archive.name}.sha256")
-
-
-def read_archive(archive: Path | BinaryIO) -> Entries:
-    """Read all files of an archive."""
-    with zipfile.ZipFile(archive) as opened:
-        return {name: opened.read(name) for name in opened.namelist()}
-
-
-def write_archive(output: Path, entries: Entries) -> str:
-    """Write an archive, with a new list of checksums, such that the same entries always give the same bytes.
-
-    Returns:
-        SHA-256 of the archive, in hexadecimal.
-    """
-    listed = sorted(entries.keys() - {SUMS_FILE})
-    sums = "".join(f"{hashlib.sha256(entries[name]).hexdigest()}  {name}\n" for name in listed)
-    with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as opened:  # deflate's bytes differ between zlib versions
-        for name, content in sorted({**entries, SUMS_FILE: sums.encode()}.items()):
-            entry = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
-            entry.create_system = 3  # Unix, wherever it is built
-            entry.external_attr = 0o644 << 16
-            opened.writestr(entry, content)
-    return hashlib.sha256(output.read_bytes()).hexdigest()
 
 
 def smoke_test(archive: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -48,10 +49,11 @@ class Child:
             folder: that the program is started in.
             environment: the program's.
             umask: the program's; -1 for this process's own.
-            remove: files and folders that are removed when the program has ended.
+            remove: files and folders that are removed when the program has ended, where this process is gone before it.
         """
         self.log = log
         self._log_start = log.stat().st_size if log.is_file() else 0
+        self._alive: int | None
         reading, self._alive = os.pipe()  # only this process holds the writing end, so it closes when this process ends
         try:
             arguments = {"command": [*command], "alive": reading, "log": str(log), "remove": [str(path) for path in remove]}
@@ -82,6 +84,11 @@ class Child:
             return next((child.pid for child in psutil.Process(self._guard.pid).children()), None)
         return None
 
+    def note(self, text: str) -> None:
+        """Write a line of the launcher's own into the program's log."""
+        with contextlib.suppress(OSError), self.log.open("a", errors="backslashreplace") as opened:
+            opened.write(f"{datetime.now().isoformat(' ', 'milliseconds')} [launcher] {text}\n")
+
     def processes(self) -> list[psutil.Process]:
         """List what was started and still runs: the guard, the program, and what the program started. They are one group."""
         return [process for process in psutil.process_iter() if _belongs_to(process, self._guard.pid)]
@@ -102,12 +109,18 @@ class Child:
         while self.processes() and time.monotonic() < deadline:
             self._guard.poll()
             time.sleep(0.05)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._guard.pid, signal.SIGKILL)
+        self.kill()
+
+    def kill(self) -> None:
+        """End the program and all that it started, at once."""
+        if self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._guard.pid, signal.SIGKILL)
         self._guard.wait()
         psutil.wait_procs(self.processes(), timeout=STOP_TIMEOUT_S)
-        with contextlib.suppress(OSError):
+        if self._alive is not None:
             os.close(self._alive)
+            self._alive = None
 
 
 def _belongs_to(process: psutil.Process, group: int) -> bool:

@@ -2,18 +2,22 @@
 
 import io
 import re
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from handler.runtime.archive import verify_files
-from scripts.packaging.package import read_archive, write_archive
-from scripts.paths import GPU_MODEL_CONFIG, MODEL_CONFIG, ROOT
+from handler.runtime.checksums import verify_files
+from scripts.packaging.archive_file import read_archive, write_archive
+from scripts.paths import FRONTEND_METRICS, GPU_MODEL_CONFIG, MODEL_CONFIG, ROOT
 from scripts.serving.settings import LOOPBACK, Settings
 
-INFERENCE_SOCKET = "inference.sock"  # in a server's temporary folder, which only its own user enters
+# In a server's temporary folder, which only its own user enters:
+INFERENCE_SOCKET = "inference.sock"  # where the front connects to; a link, see `waiting_room.py`
+TORCHSERVE_SOCKET = "torchserve.sock"  # where it usually leads to
 
 
 def configure(settings: Settings, folder: Path) -> str:
@@ -33,13 +37,15 @@ def configure(settings: Settings, folder: Path) -> str:
         "grpc_management_port": str(ports.grpc_management),
     }
     if settings.is_fronted:
-        changes["inference_address"] = f"unix:{folder / INFERENCE_SOCKET}"
+        changes["inference_address"] = f"unix:{folder / TORCHSERVE_SOCKET}"
     if settings.cluster is not None:
         changes |= settings.cluster.properties(ports.metrics, is_hardened=settings.hardening is not None)
     properties = settings.configuration.read_text()
     metrics_config = find_property(properties, "metrics_config")
     if metrics_config is not None:  # its path starts in the project's root, and TorchServe does not run there
         changes["metrics_config"] = str(link(folder / "metrics.yaml", ROOT / metrics_config))
+    if find_property(properties, "system_metrics_cmd") is not None:  # it is cut at spaces, so it names a link
+        changes["system_metrics_cmd"] = f"{link(folder / FRONTEND_METRICS.name, FRONTEND_METRICS)} --gpu 0"
     for name, value in changes.items():
         properties = write_property(properties, name, value)
     return properties
@@ -94,9 +100,10 @@ def is_on_gpu(device: str) -> bool:
     """Decide whether a device, as `Settings` names it, is a GPU on this machine."""
     if device != "auto":
         return device == "gpu"
-    import torch  # slow, and needed for this question alone
-
-    return torch.cuda.is_available()
+    # In a process of its own: torch would stay in the launcher's memory for good, with 500 MB.
+    code = "import torch; print(torch.cuda.is_available())"
+    finished = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
+    return finished.stdout.strip() == "True"
 
 
 def read_model_config(device: str) -> dict[str, Any]:

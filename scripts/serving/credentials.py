@@ -6,6 +6,7 @@ message, on a command line or in a log.
 
 import contextlib
 import json
+from datetime import datetime
 from pathlib import Path
 
 
@@ -32,6 +33,13 @@ def read_token(file: Path, role: str = "inference") -> str:
     if not (isinstance(token, str) and token.isascii() and token.isprintable() and token and " " not in token):
         raise CredentialsError(f"{file} holds no token: expected TorchServe's key_file.json or one line of printable ASCII")
     return token
+
+
+def read_expiration(file: Path, role: str = "inference") -> float:
+    """Read when a token of TorchServe's key_file.json expires, in seconds since 1970; 0 where the file does not say."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return datetime.fromisoformat(json.loads(file.read_text())[role]["expiration time"]).timestamp()
+    return 0.0
 
 
 def authorization(token: str | None) -> dict[str, str]:

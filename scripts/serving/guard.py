@@ -68,7 +68,7 @@ def run(command: list[str], alive: int, log: Path, remove: list[Path]) -> int:
         command: the program, found on the PATH, and its arguments.
         alive: the reading end of a pipe whose only writing end is the launcher's: it ends when the launcher does.
         log: the file for all that the command prints.
-        remove: files and folders that are removed at the end.
+        remove: files and folders that are removed at the end where the launcher cannot do so, as it is gone.
     """
     _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what loses its parent becomes this process's child, and is found at the end
     woken, wake = os.pipe()
@@ -125,7 +125,7 @@ def run(command: list[str], alive: int, log: Path, remove: list[Path]) -> int:
     while content := _read(output.fileno()):  # its last words
         console.write(content)
     console.close()
-    for path in remove:
+    for path in remove if deadline is not None else []:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

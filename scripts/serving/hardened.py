@@ -13,10 +13,11 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.packaging.package import checksum_file_of
+from scripts.packaging.archive_file import checksum_file_of
 from scripts.paths import BUILD, HARDENED_CONFIGURATION, ROOT, SERVE_CONFIG
 
 KEY_FILE = "key_file.json"  # TorchServe writes it into the folder that it is started in
+FORMER_TOKENS = "former_tokens"
 TOKENS_ON = "disable_token_authorization=false"  # a line of config.properties
 RSA_KEY = bytes.fromhex("2a864886f70d010101")  # rsaEncryption in DER: stands in certificates of RSA keys, and in no others
 FIRST_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
@@ -50,6 +51,11 @@ class Hardening:
     def key_file(self) -> Path:
         """The file of TorchServe's tokens, mode 0600."""
         return self.key_dir / KEY_FILE
+
+    @property
+    def former_tokens(self) -> Path:
+        """The inference tokens of this start's replaced TorchServes, one a line: the front takes them too."""
+        return self.key_dir / FORMER_TOKENS
 
     @property
     def local_host(self) -> str:
@@ -162,6 +168,7 @@ def prepare_key_dir(key_dir: Path) -> None:
         if key_dir.stat().st_uid != os.geteuid():
             raise HardeningError(f"{key_dir} belongs to another user; {advice}")
         key_dir.chmod(0o700)
+        (key_dir / FORMER_TOKENS).unlink(missing_ok=True)
         key_file = key_dir / KEY_FILE
         key_file.unlink(missing_ok=True)
         key_file.touch(mode=0o600)  # TorchServe would go on without tokens that anyone knows

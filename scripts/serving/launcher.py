@@ -118,7 +118,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _port(text: str) -> int:
     """Read a TCP port of the command line."""
-    if not (text.isdecimal() and 0 < int(text) <= MAX_PORT):
+    if not (text.isascii() and text.isdecimal() and 0 < int(text) <= MAX_PORT):
         raise argparse.ArgumentTypeError(f"expected a port from 1 to {MAX_PORT}, got {text!r}")
     return int(text)
 
@@ -235,6 +235,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if server.has_ended():
                     say(f"error: TorchServe ended by itself:\n{server.log_tail()}", sys.stderr)
                     return 1
+                reason = server.find_reason_to_replace()
+                if reason:
+                    say(f"replacing TorchServe: {reason} ...", sys.stderr)
+                    server.replace(reason)
+                    say("TorchServe is replaced", sys.stderr)
             if settings.cluster is not None:
                 drain(settings, settings.cluster)
             say("stopping ...", sys.stderr)

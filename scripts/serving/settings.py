@@ -11,6 +11,7 @@ from typing import Any, Self
 from scripts.paths import ARCHIVE, BUILD, CONFIGURATION, LOG_CONFIGURATION
 from scripts.serving.cluster import EVERY_ADDRESS, Cluster
 from scripts.serving.hardened import Hardening
+from scripts.serving.watch import Limits
 
 LOOPBACK = "127.0.0.1"
 CONSOLE_FILE = "console.log"  # in the folder of the logs: all that TorchServe prints
@@ -88,6 +89,7 @@ class Settings:
         archive_sha256: the archive's expected SHA-256, in hexadecimal; None for the one in the file beside it, if there is one.
         hardening: the settings of a server that others can reach; None in development.
         cluster: the settings of a server in a cluster; None for one that stands alone.
+        limits: beyond which the server is replaced.
     """
 
     archive: Path = ARCHIVE
@@ -100,6 +102,7 @@ class Settings:
     archive_sha256: str | None = None
     hardening: Hardening | None = None
     cluster: Cluster | None = None
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def inference_host(self) -> str:

@@ -48,8 +48,8 @@ def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not MISLEADING.fullmatch(name)} | {"LC_ALL": "C.UTF-8"}
 
 
-def require_resources(worker_count: int) -> None:
-    """Raise ServeError where a limit of this process or its container is too small for a server."""
+def require_limits() -> None:
+    """Raise ServeError where a limit of this process or its container is too small for any server."""
     _raise_open_files()
     for limit, least, what, advice in (
         (resource.RLIMIT_AS, MIN_ADDRESS_SPACE, "address space", "ulimit -v unlimited"),
@@ -60,17 +60,21 @@ def require_resources(worker_count: int) -> None:
         allowed = resource.getrlimit(limit)[0]
         if allowed != resource.RLIM_INFINITY and (least == resource.RLIM_INFINITY or allowed < least):
             raise ServeError(f"the limit of {what} is too small for a server ({allowed}); remove it with: {advice}")
+    processes = process_limit()
+    if processes < MIN_PROCESSES:
+        raise ServeError(
+            f"the container allows {processes} more processes and threads, and a server takes {MIN_PROCESSES}; raise its limit"
+        )
+
+
+def require_memory(worker_count: int) -> None:
+    """Raise ServeError where this machine or its container has too little memory for so many workers."""
     needed = JVM_BYTES + worker_count * WORKER_BYTES
     allowed = memory_limit()
     if allowed < needed:
         raise ServeError(
             f"the container or machine allows {allowed / 1e6:.0f} MB of memory, and a server with {worker_count} workers takes "
             f"{needed / 1e6:.0f} MB: allow more, or start fewer workers with --workers"
-        )
-    processes = process_limit()
-    if processes < MIN_PROCESSES:
-        raise ServeError(
-            f"the container allows {processes} more processes and threads, and a server takes {MIN_PROCESSES}; raise its limit"
         )
 
 

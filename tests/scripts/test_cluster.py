@@ -25,7 +25,7 @@ def settings_of(*options: str) -> Settings:
 
 def test_of_torchserve_itself_only_metrics_are_reachable(tmp_path: Path) -> None:
     properties = properties_of(configure(settings_of("--cluster"), tmp_path))
-    assert properties["inference_address"] == f"unix:{tmp_path}/inference.sock"
+    assert properties["inference_address"] == f"unix:{tmp_path}/torchserve.sock"
     assert properties["metrics_address"] == "http://0.0.0.0:8082"
     assert properties["management_address"] == "http://127.0.0.1:8081"
     assert properties["grpc_inference_address"] == properties["grpc_management_address"] == "127.0.0.1"
@@ -34,7 +34,14 @@ def test_of_torchserve_itself_only_metrics_are_reachable(tmp_path: Path) -> None
 def test_without_tokens_all_else_is_as_closed_as_hardened(tmp_path: Path) -> None:
     hardened = properties_of(HARDENED_CONFIGURATION.read_text())
     served = properties_of(configure(settings_of("--cluster"), tmp_path))
-    changed = {"inference_address", "metrics_address", "disable_token_authorization", "vmargs", "metrics_config"}
+    changed = {
+        "inference_address",
+        "metrics_address",
+        "disable_token_authorization",
+        "vmargs",
+        "metrics_config",
+        "system_metrics_cmd",
+    }
     assert {key for key in served if served[key] != hardened.get(key)} <= changed
     assert hardened.keys() <= served.keys()
     assert served["disable_token_authorization"] == "true"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.serving.credentials import CredentialsError, authorization, read_token
+from scripts.serving.credentials import CredentialsError, authorization, read_expiration, read_token
 
 KEYS = {  # as TorchServe writes them
     "management": {"key": "DpBNio8p", "expiration time": "2026-12-24T21:44:47.331211703Z"},
@@ -51,3 +51,17 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_header_carries_the_token() -> None:
     assert authorization("abc") == {"Authorization": "Bearer abc"}
     assert authorization(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"inference": {"key": "a", "expiration time": "1970-01-02T00:00:00.123456789Z"}}', 86400.123456),
+        ('{"inference": {"key": "a"}}', 0),
+        ("a-plain-token", 0),
+    ],
+)
+def test_expiration_is_torchserves(tmp_path: Path, content: str, expected: float) -> None:
+    (tmp_path / "key_file.json").write_text(content)
+    assert read_expiration(tmp_path / "key_file.json") == pytest.approx(expected)
+    assert read_expiration(tmp_path / "none") == 0

@@ -177,7 +177,7 @@ def test_torchserve_itself_stays_on_this_machine(tmp_path: Path) -> None:
     properties = properties_of(configure(settings, tmp_path))
     addresses = {key: value for key, value in properties.items() if key.endswith(("_address", "_port"))}
     assert addresses == {
-        "inference_address": f"unix:{tmp_path}/inference.sock",
+        "inference_address": f"unix:{tmp_path}/torchserve.sock",
         "management_address": "http://127.0.0.1:2",
         "metrics_address": "http://127.0.0.1:3",
         "grpc_inference_address": "127.0.0.1",

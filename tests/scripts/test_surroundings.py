@@ -20,7 +20,8 @@ from scripts.serving.surroundings import (
     log_folder,
     memory_limit,
     process_limit,
-    require_resources,
+    require_limits,
+    require_memory,
     temporary_folder,
 )
 
@@ -109,9 +110,9 @@ def limited(limit: str, soft: int | str, hard: int | str) -> subprocess.Complete
     code = (
         "import resource\n"
         "from scripts.serving.settings import ServeError\n"
-        "from scripts.serving.surroundings import require_resources\n"
+        "from scripts.serving.surroundings import require_limits\n"
         f"resource.setrlimit(resource.{limit}, ({soft}, {hard}))\n"
-        "try:\n    require_resources(1)\n    print('fine', resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
+        "try:\n    require_limits()\n    print('fine', resource.getrlimit(resource.RLIMIT_NOFILE)[0])\n"
         "except ServeError as error:\n    print(error)\n"
     )
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -139,16 +140,16 @@ def test_soft_limit_of_open_files_is_raised() -> None:
 
 
 def test_container_with_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_resources(1)
+    require_memory(1)
     monkeypatch.setattr(surroundings, "memory_limit", lambda: 1_000_000_000)
     with pytest.raises(ServeError, match=r"allows 1000 MB of memory, and a server with 2 workers takes 1600 MB: .*--workers"):
-        require_resources(2)
+        require_memory(2)
 
 
 def test_container_with_few_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(surroundings, "process_limit", lambda: 20)
     with pytest.raises(ServeError, match="allows 20 more processes and threads"):
-        require_resources(1)
+        require_limits()
 
 
 @pytest.mark.parametrize(
