@@ -338,10 +338,10 @@ def curl_prefix(served: ServedModel) -> list[str]:
     """
     start = ["curl"]
     if served.ca_file is not None:
-        start += ["--cacert", shlex.quote(str(served.ca_file))]
+        start += ["--cacert", shlex.quote(str(served.ca_file.resolve()))]
     pipe = ""
     if served.key_file is not None:
-        file = shlex.quote(str(served.key_file))
+        file = shlex.quote(str(served.key_file.resolve()))
         read = f"""jq -j '"Authorization: Bearer " + .inference.key' {file}"""
         if served.key_file.suffix != ".json":
             read = f"sed 's/^/Authorization: Bearer /' {file}"

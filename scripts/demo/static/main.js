@@ -112,7 +112,10 @@ function answered(content, itsQuestion, text) {
 function refused(refusal) {
   const words = wordsFor(refusal.state, refusal.message);
   if (words.kind === "you") forget();
-  else if (reply) say(byId("time"), "This is the answer to an earlier drawing.");
+  else if (reply) {
+    say(byId("time"), "This is the answer to an earlier drawing.");
+    say(byId("chip"), "");
+  }
   showState(words);
 }
 
@@ -189,6 +192,7 @@ function showBars() {
     shown = [...new Set([...shown.slice(0, MANY_CLASSES - 2), chosen, compared])].filter((index) => index !== null);
   } else if (isLong) shown = shown.slice(0, MANY_CLASSES);
   byId("more-classes").hidden = !isLong;
+  byId("bars-hint").hidden = all.length === 0;
   if (isLong) say(byId("more-classes"), `The likeliest of ${all.length} classes. Choose any other beside “Explain”.`);
   while (bars.children.length > shown.length) bars.lastChild.remove();
   while (bars.children.length < shown.length) bars.append(makeBar());

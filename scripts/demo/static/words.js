@@ -12,7 +12,7 @@ const STATES = {
   Died: { kind: "wait", title: "A worker of the model's server has ended.", text: "Another one takes its place. " + AGAIN },
   NotLoaded: { kind: "wait", title: "The server does not serve this model yet.", text: "It may still be loading it. " + AGAIN, shows: true },
   TokenRefused: { kind: "wait", title: "The server refuses the token (401).", text: "The key file is read again at every try: put a valid token there. " + AGAIN },
-  NoToken: { kind: "wait", title: "There is no token to send (401).", text: AGAIN, shows: true },
+  NoToken: { kind: "wait", title: "There is no token to send (401).", text: "A server writes its key file when it starts. " + AGAIN, shows: true },
   WrongCertificate: { kind: "wait", title: "The server's certificate is not trusted.", text: "Start the page with the right --ca-file. " + AGAIN, shows: true },
   NotThisService: { kind: "wait", title: "Something else answers in the model's place.", text: AGAIN, shows: true },
   Failed: { kind: "wait", title: "The model's server failed on this image.", text: AGAIN, shows: true },
