@@ -203,7 +203,7 @@ def _draw_textures(count: int, random: Random) -> Images:
             half = INK_SIDE / 2 * random.uniform(0.6, 1, 2)
             inside = np.hypot(x / half[0], y / half[1]) < 1 if random.random() < 0.5 else (abs(x) < half[0]) & (abs(y) < half[1])
             levels = levels * inside
-        images.append(np.rint(255 * levels * random.choice([1, 1, random.uniform(0.1, 1)])).astype(np.uint8))
+        images.append(np.rint(255 * levels * random.choice([1, 1, random.uniform(0, 1)])).astype(np.uint8))
     return np.array(images, dtype=np.uint8).reshape(-1, SIZE, SIZE)
 
 
