@@ -38,15 +38,15 @@ from model.non_digits import draw_non_digits
 from model.strokes import HABITS, draw_strokes
 
 BATCH_SIZE = 128
-PEAK_LEARNING_RATE = 2e-3
-WEIGHT_DECAY = 0.05
+PEAK_LEARNING_RATE = 4e-3
+WEIGHT_DECAY = 0.02
 EMA_DECAY = 0.999  # about the last 1,000 steps, two epochs
 EVALUATION_BATCH_SIZE = 1000
 
 DRAWN_SHARE = 0.4  # drawn once, by the number of training images: digits of other habits, and as many images that are no digits
 STROKE_ROWS = 20  # of them that come to a batch's BATCH_SIZE images, at random
 NON_DIGIT_ROWS = 20
-ERASED_WEIGHT = 3  # of the loss of erased rows; with less, the answer outlives its evidence longer since there are non-digits
+ERASED_WEIGHT = 2  # of the loss of erased rows; with less, the answer outlives its evidence longer since there are non-digits
 
 WEIGHTS_FILE = "weights.safetensors"
 CARD_FILE = "MODEL_CARD.md"
