@@ -38,7 +38,7 @@ from model.non_digits import draw_non_digits
 from model.strokes import HABITS, draw_strokes
 
 BATCH_SIZE = 128
-PEAK_LEARNING_RATE = 4e-3
+PEAK_LEARNING_RATE = 6e-3
 WEIGHT_DECAY = 0.02
 EMA_DECAY = 0.999  # about the last 1,000 steps, two epochs
 EVALUATION_BATCH_SIZE = 1000
