@@ -10,9 +10,10 @@ import safetensors.torch
 import torch
 
 from model.augment import augment
+from model.data import load_mnist
 from model.draw_samples import draw_digit
 from model.network import DigitNetwork
-from model.train import CARD_FILE, WEIGHTS_FILE, Evaluation, evaluate, main
+from model.train import CARD_FILE, ERASED_WEIGHT, WEIGHTS_FILE, Evaluation, _compute_loss, _TrainingNetwork, evaluate, main
 from scripts.paths import ROOT
 from tests.conftest import write_mnist
 
@@ -53,6 +54,48 @@ def test_same_seed_gives_the_same_weights(data_dir: Path, tmp_path: Path) -> Non
     one, two, other = ((tmp_path / name / WEIGHTS_FILE).read_bytes() for name in ("one", "two", "other"))
     assert one == two
     assert one != other
+
+
+def test_held_out_images_are_not_seen(data_dir: Path, tmp_path: Path) -> None:
+    """Other images in the places of the last 8 of 240 give the same weights; in the place of the one before them, others."""
+    images, labels = (tensor.numpy() for tensor in load_mnist(data_dir, train=True))
+    test_images, test_labels = (tensor.numpy() for tensor in load_mnist(data_dir, train=False))
+    weights = []
+    for name, first in (("as it is", len(images)), ("held out", len(images) - 8), ("seen", len(images) - 9)):
+        changed = images[:, 0].copy()
+        changed[first:] = 255 - changed[first:]
+        for part, some, truth in (("train", changed, labels), ("t10k", test_images[:, 0], test_labels)):
+            write_mnist(tmp_path / name, part, some, truth.astype(np.uint8))
+        main(["--data-dir", str(tmp_path / name), "--output-dir", str(tmp_path / name), "--epochs", "1"])
+        weights.append((tmp_path / name / WEIGHTS_FILE).read_bytes())
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+def test_loss_of_a_network_that_knows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All logits 0: one of eleven for digits and non-digits, one of ten for what is kept; what is gone is seen at 1/10."""
+    network = DigitNetwork()
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    erased, is_gone, kept = torch.zeros(15, 1, 28, 28), torch.arange(15) < 6, torch.zeros(25, 1, 28, 28)
+    monkeypatch.setattr("model.train.compute_guidance", lambda *_: (erased, is_gone, kept))
+    loss = _compute_loss(network, torch.rand(140, 1, 28, 28), torch.arange(100) % 10, torch.Generator()).item()
+    expected = 140 * np.log(11) + 25 * np.log(10) - ERASED_WEIGHT * 6 * np.log(0.9)
+    assert loss == pytest.approx(expected / 100, rel=1e-5)
+
+
+def test_network_is_trained_as_it_is_served(digit_batch: torch.Tensor, network: torch.nn.Module) -> None:
+    """Without dropout, and with pooling before ReLU: the same scores and gradients."""
+    trained = _TrainingNetwork().train()
+    trained.load_state_dict(network.state_dict())
+    inputs, served_inputs = digit_batch.clone().requires_grad_(), digit_batch.clone().requires_grad_()
+    logits, served = trained(inputs), network(served_inputs)
+    torch.testing.assert_close(logits, served)
+    gradients, served_gradients = (
+        torch.autograd.grad(scores.max(dim=1).values.sum(), pixels)[0]
+        for scores, pixels in ((logits, inputs), (served, served_inputs))
+    )
+    torch.testing.assert_close(gradients, served_gradients)
 
 
 def test_committed_card_is_of_the_committed_weights() -> None:
