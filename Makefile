@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 LOCKS := tests/requirements.txt serve_config/cluster/requirements.txt scripts/bench/peers/requirements.txt tests/requirements-fuzz.txt tests/requirements-clients.txt .github/requirements-audit.txt
 COMPILE = $(BIN)/uv pip compile --universal --generate-hashes --no-header --quiet $(ARGS)
-SOURCES := $(wildcard handler/*.py handler/*/*.py scripts/packaging/*.py scripts/*.py) model/network.py model/weights.safetensors \
+SOURCES := $(wildcard handler/*.py handler/*/*.py scripts/packaging/*.py scripts/*.py) model/network.py model/weights.safetensors model/calibration.json \
            serve_config/model-config.yaml
 
 .DEFAULT_GOAL := help
@@ -84,7 +84,7 @@ fuzz: .venv/.installed-fuzz ## fuzz the path of a request for ten minutes, guide
 fuzz-http: .venv/.installed-dev build/digits.mar ## spoil valid requests and send them to a real server for ten minutes; ARGS="--seconds 60"
 	$(BIN)/python -m tests.fuzz_http $(ARGS)
 
-train: .venv/.installed ## train the network again (a quarter of an hour on two cores); DATA_DIR=...
+train: .venv/.installed ## train the network again (twenty minutes on two cores, three on a GPU); DATA_DIR=... ARGS="--device cuda"
 	$(BIN)/python -m model.train --data-dir $(DATA_DIR) $(ARGS)
 
 digits: .venv/.installed ## draw the test digits again

@@ -28,7 +28,7 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
     Args:
         pixels: float32 (N, 1, H, W), intensity in [0, 1], ink bright on dark.
-        generator: where all randomness comes from.
+        generator: where all randomness comes from; on the device of `pixels`.
     Returns:
         float32 (N, 1, H, W), intensity; noise may leave [0, 1].
     """
@@ -37,7 +37,7 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 def _uniform(rows: int, limit: float, generator: torch.Generator) -> torch.Tensor:
     """Draw `rows` numbers from U(-limit, limit)."""
-    return (torch.rand(rows, generator=generator) * 2 - 1) * limit
+    return (torch.rand(rows, generator=generator, device=generator.device) * 2 - 1) * limit
 
 
 def _warp(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -48,7 +48,7 @@ def _warp(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     scale_x = _uniform(rows, MAX_SCALE_LOG, generator).exp()
     scale_y = _uniform(rows, MAX_SCALE_LOG, generator).exp()
     cos, sin = angle.cos(), angle.sin()
-    matrix = torch.empty(rows, 2, 3)
+    matrix = torch.empty(rows, 2, 3, device=pixels.device)
     matrix[:, 0, 0] = cos * scale_x
     matrix[:, 0, 1] = (cos * shear - sin) * scale_y
     matrix[:, 1, 0] = sin * scale_x
@@ -73,7 +73,7 @@ def _photograph(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     rows, _, height, width = pixels.shape
 
     def chosen(share: float = CAMERA_SHARE) -> torch.Tensor:
-        return (torch.rand(rows, generator=generator) < share).view(-1, 1, 1, 1)
+        return (torch.rand(rows, generator=generator, device=generator.device) < share).view(-1, 1, 1, 1)
 
     blurred = functional.avg_pool2d(pixels, 3, stride=1, padding=1)
     pixels = torch.where(chosen(), (pixels + blurred) / 2, pixels)
@@ -81,8 +81,12 @@ def _photograph(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     pixels = torch.where(chosen(), functional.interpolate(coarse, size=(height, width), mode="bilinear"), pixels)
     gamma = _uniform(rows, MAX_GAMMA_LOG, generator).exp().view(-1, 1, 1, 1)
     pixels = torch.where(chosen(), pixels.clamp(0, 1) ** gamma, pixels)
-    lost = torch.rand(pixels.shape, generator=generator) < torch.rand(rows, 1, 1, 1, generator=generator) * MAX_BROKEN
+    lost = (
+        torch.rand(pixels.shape, generator=generator, device=generator.device)
+        < torch.rand(rows, 1, 1, 1, generator=generator, device=generator.device) * MAX_BROKEN
+    )
     pixels = torch.where(chosen(BROKEN_SHARE) & lost, 0, pixels)
-    noise_std = torch.rand(rows, 1, 1, 1, generator=generator) * MAX_NOISE_STD
-    noise = torch.randn(pixels.shape, generator=generator) * noise_std  # not clamped: on paper a clamp's mean is not zero
+    noise_std = torch.rand(rows, 1, 1, 1, generator=generator, device=generator.device) * MAX_NOISE_STD
+    # The noise is not clamped: on paper a clamp's mean is not zero.
+    noise = torch.randn(pixels.shape, generator=generator, device=generator.device) * noise_std
     return torch.where(chosen(NOISY_SHARE), pixels + noise, pixels)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from scripts.serving.launcher import TorchServe
 from tests.hostile import png_header
+from tests.oracle import compute_probabilities
 from tests.tolerance import require_close
 
 BATCH_SIZE = 8
@@ -97,8 +98,7 @@ def check_prediction(reply: requests.Response, sample: Sample) -> dict[str, Any]
     assert reply.headers["content-type"] == "application/json"
     content: dict[str, Any] = reply.json()
     require_close(content["logits"], sample.logits)
-    probabilities = np.exp(sample.logits) / np.exp(sample.logits).sum()
-    require_close(content["probabilities"], probabilities)
+    require_close(content["probabilities"], compute_probabilities(sample.logits))
     assert content["digit"] == sample.predicted
     assert content["probability"] == content["probabilities"][sample.predicted]
     return content

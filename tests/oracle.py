@@ -3,11 +3,17 @@
 Written from the network's description alone, forward and backward by hand.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
+from scipy import special
+
+from scripts.paths import ROOT
+
+CALIBRATION_FILE = ROOT / "model" / "calibration.json"
 
 Array = NDArray[np.float64]
 
@@ -41,6 +47,12 @@ class Oracle:
             g1 = _unpool(_convolve_back(g2, w["conv2.weight"], x1.shape), winners1, z1.shape) * (z1 > 0)
             jacobian.append(_convolve_back(g1, w["conv1.weight"], x0.shape)[0] / std)
         return logits, np.stack(jacobian)
+
+
+def compute_probabilities(logits: Array) -> Array:
+    """Make the probabilities that the committed network's logits stand for, (..., K): softmax, with the committed temperature."""
+    temperature = json.loads(CALIBRATION_FILE.read_text())["temperature"]
+    return np.asarray(special.softmax(logits / temperature, axis=-1))
 
 
 def _convolve(x: Array, kernel: Array, bias: Array) -> Array:

@@ -28,7 +28,7 @@ from handler.gradients.compiled import COMPILED_PASS_FILE
 from handler.gradients.compiler import compile_pass
 from handler.gradients.explain import freeze
 from handler.runtime.archive import load_network
-from handler.runtime.calibration import CALIBRATION_FILE
+from handler.runtime.calibration import CALIBRATION_FILE, read_calibration
 from scripts.command_line import HelpFormatter
 from scripts.packaging.archive_file import checksum_file_of, read_archive, write_archive
 from scripts.packaging.check import require_servable
@@ -50,26 +50,27 @@ MANIFEST = "MAR-INF/MANIFEST.json"
 MODEL_VERSION = "1.0"
 
 
-def build_archive(
-    output: Path, *, model_file: Path, weights_file: Path, model_config: Path, calibration_file: Path | None = None
-) -> str:
+def build_archive(output: Path, *, model_file: Path, weights_file: Path, model_config: Path) -> str:
     """Build an archive with torch-model-archiver, then write it again without dates.
+
+    Where a calibration.json stands beside the weights (`scripts/research/calibrate.py` writes it), the archive carries it.
 
     Args:
         output: where the archive goes; its stem is the model's name.
         model_file: Python file that defines the network.
         weights_file: its weights, safetensors.
         model_config: TorchServe's model-config.yaml.
-        calibration_file: temperature and energy threshold of these weights; without it the archive has none.
     Returns:
         SHA-256 of the archive, in hexadecimal.
     Raises:
         ArchiveError: the network cannot be served, or the weights are not its own.
-        ValueError: the network has no compiled pass, or no image has a reference answer.
+        ValueError: the network has no compiled pass, no image has a reference answer, or the calibration is of other weights.
         OSError: a file cannot be read or written.
     """
     network = freeze(load_network(model_file, weights_file))
     input_shape = require_servable(network)
+    weights_sha256 = hashlib.sha256(weights_file.read_bytes()).hexdigest()
+    calibration = read_calibration_of(weights_file, weights_sha256)
     output.parent.mkdir(parents=True, exist_ok=True)
     with _private_temp_folder() as folder:
         package_parent = folder / "staged"  # the archiver copies a folder's children into the archive's root
@@ -94,10 +95,30 @@ def build_archive(
     del manifest["createdOn"]
     entries[MANIFEST] = json.dumps(manifest, indent=2).encode()
     entries[COMPILED_PASS_FILE] = compile_pass(network, input_shape).encode()
-    if calibration_file is not None:
-        entries[CALIBRATION_FILE] = calibration_file.read_bytes()
-    entries[REFERENCE_FILE] = make_reference_answer(network, hashlib.sha256(weights_file.read_bytes()).hexdigest())
+    if calibration is not None:
+        entries[CALIBRATION_FILE] = calibration
+    entries[REFERENCE_FILE] = make_reference_answer(network, weights_sha256)
     return write_archive(output, entries)
+
+
+def read_calibration_of(weights_file: Path, weights_sha256: str) -> bytes | None:
+    """Read the calibration that stands beside some weights; None where there is none.
+
+    Raises:
+        ValueError: it is damaged, or was fitted to other weights: it would make wrong probabilities of these.
+    """
+    file = weights_file.with_name(CALIBRATION_FILE)
+    if not file.is_file():
+        return None
+    read_calibration(file.parent)
+    content = file.read_bytes()
+    fitted = json.loads(content).get("weights_sha256")
+    if fitted != weights_sha256:
+        raise ValueError(
+            f"expected {file} to be fitted to the weights with SHA-256 {weights_sha256}, got one of {fitted}: fit it again "
+            "(python -m scripts.research.calibrate), or move it away"
+        )
+    return content
 
 
 def smoke_test(archive: Path) -> dict[str, Any]:

@@ -153,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             model = reply["model"]
             served = f"{url} ({model['name']} {model['version']}, weights {model['weights_sha256'][:12]})"
             print(f"{image}: digit {reply['digit']}, probability {reply['probability']:.4f}, served by {served}")
+            for warning in reply.get("warnings", ()):
+                print(f"{image}: warning: {warning['type']}: {warning['message']}")
             replies.append(reply)
         draw_explanations(arguments.images, replies, arguments.output, size=arguments.size)
     except (ExplainError, CredentialsError, InvalidOption) as error:

@@ -45,6 +45,7 @@ from tests.client import (
     explain,
     predict,
 )
+from tests.oracle import compute_probabilities
 from tests.tolerance import require_close
 
 T = TypeVar("T")
@@ -103,7 +104,7 @@ def check_instances(reply: requests.Response, samples: Sequence[Sample], *, expl
 def check_outputs(outputs: Sequence[Mapping[str, Any]], samples: Sequence[Sample], *, explained: bool = False) -> None:
     """Check the tensors of a reply of the Open Inference Protocol."""
     logits = np.stack([sample.logits for sample in samples])
-    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    probabilities = compute_probabilities(logits)
     digits = logits.argmax(axis=1)
     expected: dict[str, tuple[str, NDArray[Any]]] = {
         "digit": ("INT64", digits),

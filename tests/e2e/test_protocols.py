@@ -46,7 +46,7 @@ from tests.client import (
     npy,
     predict,
 )
-from tests.oracle import Oracle
+from tests.oracle import Oracle, compute_probabilities
 from tests.tolerance import require_close
 
 NPY = {"Accept": "application/x-npy"}
@@ -108,7 +108,7 @@ def check_tensors(
     assert (content["model_name"], content["model_version"], content.get("id")) == ("digits", "1.0", request_id)
     assert all(isinstance(value, (str, int, float, bool)) for value in content["parameters"].values())
     logits = np.stack([sample.logits for sample in samples])
-    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    probabilities = compute_probabilities(logits)
     digits = logits.argmax(axis=1)
     targets = [sample.predicted if target is None else target for sample in samples]
     saliency = np.stack([sample.jacobian[one] for sample, one in zip(samples, targets, strict=True)])

@@ -17,6 +17,8 @@ from model.framing import Framing
 from model.photograph import SCENES
 from scripts.paths import WEIGHTS_FILE
 from scripts.research.calibrate import (
+    CALIBRATION_FILE,
+    CARD_FILE,
     SECTION,
     SLOW_SCENES,
     Scored,
@@ -104,3 +106,17 @@ def test_photographs_are_of_the_digits_that_are_named(network: nn.Module) -> Non
 
 def test_an_image_without_ink_is_an_empty_one() -> None:
     assert not prepare_pixels(np.full((50, 60), 0.7, dtype=np.float32)).any()
+
+
+def test_committed_calibration_is_of_the_committed_weights_and_good_enough() -> None:
+    calibration = json.loads(CALIBRATION_FILE.read_text())
+    assert calibration["weights_sha256"] == hashlib.sha256(WEIGHTS_FILE.read_bytes()).hexdigest()
+    assert calibration["digits"]["MNIST's test images"]["images"] == 10_000
+    assert calibration["digits"]["MNIST's test images"]["accuracy"] >= 0.993
+    assert calibration["digits"]["MNIST's test images"]["false_alarms"] <= 0.03
+    assert calibration["digits"]["drawn digits"]["false_alarms"] <= 0.03
+    assert calibration["non_digits"]["all"] >= 0.85
+    for name in ("MNIST's test images", "photographs"):
+        measured = calibration["digits"][name]
+        assert measured["calibration_error"] <= max(0.01, measured["calibration_error_before"])
+    assert CARD_FILE.read_text().endswith(render_section(calibration))

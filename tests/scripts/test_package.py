@@ -1,5 +1,7 @@
 """The archive: the same bytes every time, and able to live without the repo."""
 
+import hashlib
+import json
 import shutil
 import subprocess
 import zipfile
@@ -96,6 +98,40 @@ def test_any_network_of_one_channel_is_packaged(tmp_path: Path) -> None:
         main(["--model-file", str(model_file), "--weights", str(tmp_path / "linear.safetensors"), "--output", str(output)]) == 0
     )
     assert output.is_file()
+
+
+def test_calibration_beside_the_weights_is_packaged(tmp_path: Path) -> None:
+    model_file, weights = write_linear_network(tmp_path), tmp_path / "linear.safetensors"
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    content = json.dumps({"temperature": 1.5, "energy_threshold": -2.0, "weights_sha256": sha256}).encode()
+    (tmp_path / "calibration.json").write_bytes(content)
+    output = tmp_path / "linear.mar"
+    assert main(["--model-file", str(model_file), "--weights", str(weights), "--output", str(output)]) == 0
+    assert read_archive(output)["calibration.json"] == content
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(
+            b'{"temperature": 1.5, "energy_threshold": -2, "weights_sha256": "0123"}',
+            "to be fitted to the weights with SHA-256",
+            id="other weights",
+        ),
+        pytest.param(b'{"temperature": 1.5, "energy_threshold": -2}', "got one of None", id="nobody's weights"),
+        pytest.param(b'{"temperature": 0, "energy_threshold": -2}', "expected a positive temperature", id="no temperature"),
+        pytest.param(b"temperature: 1.5", "expected 'temperature' and 'energy_threshold'", id="no JSON"),
+    ],
+)
+def test_calibration_that_would_make_wrong_probabilities_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    model_file, output = write_linear_network(tmp_path), tmp_path / "linear.mar"
+    (tmp_path / "calibration.json").write_bytes(content)
+    arguments = ["--model-file", str(model_file), "--weights", str(tmp_path / "linear.safetensors"), "--output", str(output)]
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(
