@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
-from handler.errors import BlankImage
+from handler.errors import BlankImage, SeveralDigits
 from handler.images.decode import decode_image
 from handler.images.digits import prepare_digit
 from model import drawn_digits, drawn_non_digits
@@ -101,11 +101,11 @@ def compute_logits(network: nn.Module, pixels: Pixels) -> NDArray[np.float64]:
 
 
 def prepare_pixels(grey: NDArray[np.float32]) -> Pixels:
-    """Prepare an image as a request's is; one without ink gives an empty image: float32 (H, W) -> (28, 28)."""
+    """Prepare an image as a request's is, float32 (H, W) -> (28, 28); one that is refused gives an empty one, which is flagged."""
     height, width = DigitNetwork.INPUT_SHAPE[1:]
     try:
         return prepare_digit(grey, height, width).pixels
-    except BlankImage:
+    except (BlankImage, SeveralDigits):
         return np.zeros((height, width), dtype=np.float32)
 
 
@@ -244,7 +244,7 @@ def render_section(calibration: Mapping[str, object]) -> str:
         f"| temperature | {calibration['temperature']}: probabilities are the softmax of the logits divided by it |",
         f"| energy threshold | {calibration['energy_threshold']}: an image is unlike those of training where the logarithm of "
         f"the sum of the exponentials of its logits is lower |",
-        f"| non-digits that are flagged | **{non_digits['all']:.1%}**, every kind equally often |",
+        f"| non-digits that are flagged or refused | **{non_digits['all']:.1%}**, every kind equally often |",
         "",
         "| digits | images | accuracy | falsely flagged | calibration error | before |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -38,7 +38,7 @@ PREFIX = "serve-"
 LOCK = "lock"  # a file in the folder of each server; it is locked as long as the server runs
 FORMING_S = 10  # a younger folder is being made, and not locked yet
 MISLEADING = re.compile(  # environment variables that would lead a server to other code, another configuration or another Java
-    r"TS_.*|SM_.*|JAVA_TOOL_OPTIONS|_JAVA_OPTIONS|JDK_JAVA_OPTIONS|JAVA_HOME|CLASSPATH|MODEL_SERVER_HOME"
+    r"TS_(?!OPEN_INFERENCE_PROTOCOL$).*|SM_.*|JAVA_TOOL_OPTIONS|_JAVA_OPTIONS|JDK_JAVA_OPTIONS|JAVA_HOME|CLASSPATH|MODEL_SERVER_HOME"
     r"|LC_.*|LANG|LANGUAGE|PYTHON(?!HOME$|DONTWRITEBYTECODE$|PYCACHEPREFIX$).*"
 )
 

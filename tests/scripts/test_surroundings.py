@@ -188,11 +188,12 @@ def test_this_machine_has_limits() -> None:
 
 def test_misleading_variables_are_left_out() -> None:
     kept = {"PATH": "/bin", "HOME": "/root", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "0", "PYTHONHOME": "/usr"}
+    kept["TS_OPEN_INFERENCE_PROTOCOL"] = "oip"  # which messages gRPC speaks is for the user to say
     dropped = dict.fromkeys(
         [
             *("PYTHONPATH", "PYTHONWARNINGS", "PYTHONSTARTUP", "LANG", "LC_CTYPE"),
             *("CLASSPATH", "JAVA_HOME", "JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "JDK_JAVA_OPTIONS"),
-            *("TS_CONFIG_FILE", "TS_OPEN_INFERENCE_PROTOCOL", "MODEL_SERVER_HOME"),
+            *("TS_CONFIG_FILE", "TS_INFERENCE_ADDRESS", "MODEL_SERVER_HOME"),
         ],
         "anything",
     )
