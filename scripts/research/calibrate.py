@@ -101,7 +101,7 @@ def compute_logits(network: nn.Module, pixels: Pixels) -> NDArray[np.float64]:
 
 
 def prepare_pixels(grey: NDArray[np.float32]) -> Pixels:
-    """Prepare an image as a request's is: float32 (H, W) -> (28, 28). One that is refused gives an empty one, which is flagged."""
+    """Prepare an image as a request's is: float32 (H, W) -> (28, 28). One that is refused gives an empty one, and is flagged."""
     height, width = DigitNetwork.INPUT_SHAPE[1:]
     try:
         return prepare_digit(grey, height, width).pixels
