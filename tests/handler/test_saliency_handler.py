@@ -709,7 +709,6 @@ def test_describe_request_of_torchserve_gets_the_description(handler: SaliencyHa
     assert description["methods"]["smoothgrad"]["parameters"].keys() == {"samples", "noise", "seed", "aggregate"}
     assert description["limits"] == {
         "pictures_a_request": 1024,
-        "body_bytes": 33_554_432,
         "prepared_pictures_a_request": 64,
         "maps_a_request": 1024,
         "gradients_a_request": 4096,
