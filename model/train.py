@@ -119,7 +119,7 @@ def train(
     strokes, stroke_labels = torch.from_numpy(drawn_strokes)[:, None].to(device), torch.from_numpy(drawn_labels).to(device)
     non_digits = torch.from_numpy(drawn_others)[:, None].to(device)
     images, labels, test_images, test_labels = (tensor.to(device) for tensor in (images, labels, test_images, test_labels))
-    network = _TrainingNetwork().to(device, memory_format=torch.channels_last)  # more than twice as fast
+    network = _TrainingNetwork().to(device).to(memory_format=torch.channels_last)  # more than twice as fast
     averaged = AveragedModel(network, avg_fn=_move_average)
     optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     steps_per_epoch = -(-len(images) // BATCH_SIZE)
