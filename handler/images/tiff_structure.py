@@ -29,7 +29,7 @@ NUMBERS = {1: "B", 3: "H", 4: "I", 13: "I", 16: "Q"}  # of types that hold numbe
 JPEG, LZMA = 7, 34925
 # By compression, how many bytes an encoder may need at most for each byte of pixels: more would be data that say nothing.
 GROWTH: Mapping[int, float] = {
-    **{1: math.inf, 2: 10, 3: 10, 4: 10, 5: 2, JPEG: 4, 8: 1.2, 32946: 1.2, 32773: 1.2, 50000: 1.2, 50001: 4},
+    **{1: math.inf, 2: 10, 3: 10, 4: 10, 5: 2, JPEG: 4, 8: 1.2, 32946: 1.2, 32773: 1.2, 50000: 1.2},
     **{LZMA: 1.2},  # refused by `decode`, with a better message
 }
 LEAST_BYTES = 4096  # that any strip or tile may have
@@ -150,7 +150,7 @@ class _Page:
         width, height = _first(tags, WIDTH, 0), _first(tags, HEIGHT, 0)
         if self.compression not in GROWTH:
             raise UnreadableImage(
-                "expected a TIFF without compression, or with deflate, LZW, PackBits, CCITT, JPEG, Zstandard or WebP, got "
+                "expected a TIFF without compression, or with deflate, LZW, PackBits, CCITT, JPEG or Zstandard, got "
                 f"compression {self.compression}"
             )
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:

@@ -201,7 +201,7 @@ def noise(width: int, height: int, mode: str = "L") -> Image.Image:
     """An image that does not compress."""
     bands = len(Image.new(mode, (1, 1)).getbands())
     levels = np.random.default_rng(0).integers(0, 256, (height, width, bands), dtype=np.uint8)
-    return Image.fromarray(levels.squeeze(), mode)
+    return Image.fromarray(levels[..., 0] if bands == 1 else levels)
 
 
 # --- requests
