@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ import requests
 import yaml
 
 from handler.limits import MAX_BODY_BYTES
-from scripts.paths import SAMPLE_FILES
+from scripts.paths import SAMPLE_FILES, SERVE_CONFIG
 from scripts.serving.proxy import configuration, process
+from scripts.serving.proxy.__main__ import main
 from scripts.serving.proxy.configuration import MAX_FORM_FIELDS, Address, Front, write_configuration
 from scripts.serving.proxy.process import Envoy, ProxyError, command
 from scripts.serving.ready import ReferenceAnswer
@@ -733,6 +735,23 @@ def test_health_is_asked_by_the_reference_image() -> None:
     assert received == ['"digit":3,', f'"weights_sha256":"{"ab" * 32}"']
 
 
+def is_ok(fronted: Fronted) -> bool:
+    return fronted.ask().status_code == 200
+
+
+def test_only_a_server_with_the_right_digit_and_weights_is_asked(fronted: Fronted, folder: Path) -> None:
+    right = b'{"digit":3,"model":{"weights_sha256":"' + b"ab" * 32 + b'"}}'
+    for answer, status in ((right, 200), (right.replace(b":3", b":4"), 503), (right.replace(b"ab", b"cd"), 503)):
+        fronted.upstream.replies = [("200 OK", answer)] * 2
+        with another(fronted, folder, reference=REFERENCE) as checked:
+            if status == 200:
+                wait_for(partial(is_ok, checked), "answer")
+            else:
+                wait_for(lambda: len(fronted.upstream.replies) < 2, "health check")
+                reply = checked.ask()
+                assert (reply.status_code, reply.json()["error"]["type"]) == (503, "Overloaded")
+
+
 @pytest.mark.parametrize("text", ["", "a", "a:", ":1", "a:0", "a:65536", "a:b", "::1:80", "http://a:1", "unix:relative"])
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected HOST:PORT or unix:PATH"):
@@ -742,3 +761,37 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 def test_addresses_are_read() -> None:
     assert Address.parse("10.0.0.1:8080") == Address("10.0.0.1", 8080)
     assert Address.parse("unix:/run/a.sock") == Address("/run/a.sock")
+
+
+# --- the command
+
+
+def test_committed_example_is_what_the_generator_writes(archive: Path) -> None:
+    """`serve_config/README.md` has the command."""
+    example = SERVE_CONFIG / "proxy" / "envoy.yaml"
+    options = ["--upstream=10.0.0.1:8080", "--upstream=10.0.0.2:8080", "--listen=0.0.0.0:8443", f"--archive={archive}"]
+    options += [f"--{name}=/etc/saliency-serve/{name}.pem" for name in ("certificate", "private-key")]
+    assert main([*options, "--key-file=/etc/saliency-serve/token", f"--check={example}"]) == 0
+
+
+def test_an_example_of_other_settings_is_not_current(archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--upstream=a:1", f"--archive={archive}"]
+    assert main([*options, f"--output={tmp_path / 'envoy.yaml'}"]) == 0
+    assert main([*options, f"--check={tmp_path / 'envoy.yaml'}"]) == 0
+    assert main([*options, "--upstream=b:2", f"--check={tmp_path / 'envoy.yaml'}"]) == 1
+    assert "is not what these settings give" in capsys.readouterr().err
+    assert main(options) == 0
+    assert capsys.readouterr().out == (tmp_path / "envoy.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--certificate=a"], "--certificate and --private-key need each other"),
+        (["--listen=localhost:1"], "expected an IPv4 address as --listen"),
+        (["--archive=/missing.mar"], "/missing.mar is not a readable archive"),
+    ],
+)
+def test_half_a_command_is_refused(archive: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--upstream=a:1", f"--archive={archive}", *options]) == 1
+    assert message in capsys.readouterr().err

@@ -33,6 +33,7 @@ HEADER_TIMEOUT_S = 10  # for a TLS handshake, and for the headers of a request
 REQUEST_TIMEOUT_S = 60  # for a whole request: 32 MiB at 5 Mbit/s
 IDLE_TIMEOUT_S = 60  # of a connection without a request, and of a request or reply that does not move
 REPLY_TIMEOUT_S = 70  # more than responseTimeout (serve_config/model-config.yaml), so that TorchServe's own answer is given
+SILENCE_S = 10  # after which another server is asked too; the slowest request by itself takes three
 CONNECT_TIMEOUT_S = 1
 # Requests a second from one address, and those that may come at once after a pause. One machine does some thousands in all.
 REQUESTS_PER_SECOND = 2000
@@ -416,8 +417,12 @@ def _route(front: Front) -> dict[str, Any]:
         "num_retries": 3 if several else 2,
         "retry_back_off": {"base_interval": "0.05s", "max_interval": "1s"},
     }
+    route = {"cluster": "torchserve", "timeout": _seconds(REPLY_TIMEOUT_S), "retry_policy": policy}
     if several:
+        # What a server is silent about is asked of another one too, and the first answer counts: it may be stopped, or only slow.
+        route["hedge_policy"] = {"hedge_on_per_try_timeout": True}
         policy |= {
+            "per_try_timeout": _seconds(SILENCE_S),
             "retry_host_predicate": [
                 _typed(
                     "envoy.retry_host_predicates.previous_hosts",
@@ -426,7 +431,7 @@ def _route(front: Front) -> dict[str, Any]:
             ],
             "host_selection_retry_max_attempts": 5,
         }
-    return {"cluster": "torchserve", "timeout": _seconds(REPLY_TIMEOUT_S), "retry_policy": policy}
+    return route
 
 
 def _local_replies() -> dict[str, Any]:
@@ -470,6 +475,7 @@ def _clusters(front: Front) -> list[dict[str, Any]]:
     }
     if front.reference is not None:
         cluster["health_checks"] = [_health_check(front.model_name, front.reference)]
+        cluster["common_lb_config"] = {"healthy_panic_threshold": {"value": 0}}  # where no server is right, none is asked
     if len(front.upstreams) > 1:
         # A server that was killed is left out at once; health checks find it dead later, and it alive again.
         cluster["outlier_detection"] = {
@@ -498,10 +504,9 @@ def _clusters(front: Front) -> list[dict[str, Any]]:
 
 
 def _cluster(name: str, upstreams: Sequence[Address], front: Front) -> dict[str, Any]:
-    are_numeric = all(upstream.port is None or _is_ipv4(upstream.host) for upstream in upstreams)
+    are_numeric = all(upstream.port is None or is_ipv4(upstream.host) for upstream in upstreams)
     cluster: dict[str, Any] = {
         "name": name,
-        "close_connections_on_host_health_failure": True,  # what a stopped server was asked is asked of another one
         "type": "STATIC" if are_numeric else "STRICT_DNS",
         "connect_timeout": _seconds(CONNECT_TIMEOUT_S),
         "lb_policy": "LEAST_REQUEST",
@@ -527,7 +532,8 @@ def _cluster(name: str, upstreams: Sequence[Address], front: Front) -> dict[str,
     return cluster
 
 
-def _is_ipv4(host: str) -> bool:
+def is_ipv4(host: str) -> bool:
+    """Tell an IPv4 address from a name."""
     try:
         socket.inet_pton(socket.AF_INET, host)
     except OSError:
