@@ -19,7 +19,6 @@ from scripts.paths import BUILD, HARDENED_CONFIGURATION, ROOT, SERVE_CONFIG
 KEY_FILE = "key_file.json"  # TorchServe writes it into the folder that it is started in
 FORMER_TOKENS = "former_tokens"
 TOKENS_ON = "disable_token_authorization=false"  # a line of config.properties
-RSA_KEY = bytes.fromhex("2a864886f70d010101")  # rsaEncryption in DER: stands in certificates of RSA keys, and in no others
 FIRST_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 TLS_TIMEOUT_S = 10
@@ -35,7 +34,7 @@ class Hardening:
 
     Attributes:
         certificate: the server's certificate, PEM; intermediate certificates may follow in the same file.
-        private_key: the certificate's private key, RSA, PEM, not encrypted.
+        private_key: the certificate's private key, RSA or elliptic curve, PEM, not encrypted.
         inference_host: the IPv4 address or name that requests are taken at; everything else stays on loopback.
         key_dir: a folder for the tokens, which belongs to the server alone.
         allow_privileged_user: serve even as root, or as a user who can change the code.
@@ -116,13 +115,12 @@ def require_least_privileges() -> None:
 
 
 def require_usable_certificate(certificate: Path, private_key: Path) -> None:
-    """Raise HardeningError where TorchServe cannot serve TLS with these: missing, not a pair, not RSA, or a readable key."""
+    """Raise HardeningError where TLS cannot be served with these: missing, not a pair, or a readable key."""
     try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, private_key, password=lambda: "")
         if private_key.stat().st_mode & 0o007:
             raise HardeningError(f"everyone on this machine can read {private_key}; set its mode to 600")
-        if RSA_KEY not in _first_certificate(certificate):
-            raise HardeningError(f"expected the certificate of an RSA key, as TorchServe serves no other; got {certificate}")
+        _first_certificate(certificate)
     except FileNotFoundError as error:
         missing = next(file for file in (certificate, private_key) if not file.is_file())
         raise HardeningError(f"there is no file {missing}") from error

@@ -90,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     hardened.add_argument(
         "--certificate", type=Path, metavar="PEM", help="the server's certificate; intermediate certificates may follow in it"
     )
-    hardened.add_argument("--private-key", type=Path, metavar="PEM", help="the certificate's key: RSA, not encrypted")
+    hardened.add_argument("--private-key", type=Path, metavar="PEM", help="the certificate's key, not encrypted")
     hardened.add_argument(
         "--inference-host",
         metavar="IPV4",
