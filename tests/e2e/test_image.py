@@ -72,8 +72,9 @@ def make_base(file: Path) -> None:
     left_out = [f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("man", "doc", "locale", "info")]
     emptied = '--customize-hook=rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/apt/*'
     partial = file.with_suffix(".partial.tar")
-    # usr-is-merged in place of usrmerge, which brings perl, as in the published image.
-    run("mmdebstrap", "--variant=minbase", "--include=usr-is-merged", *left_out, emptied, "bookworm", str(partial))
+    # As in the published image: usr-is-merged in place of usrmerge, which brings perl.
+    merged = "--customize-hook=chroot \"$1\" apt-get purge --yes usrmerge '~nperl!~E'"
+    run("mmdebstrap", "--variant=minbase", "--include=usr-is-merged", *left_out, merged, emptied, "bookworm", str(partial))
     partial.rename(file)
 
 
