@@ -18,7 +18,7 @@ import yaml
 from scripts.cluster.manifests import Object
 
 SCHEMAS = Path(__file__).parent / "schemas"
-KUBERNETES_VERSIONS = ("1.31", "1.37")  # the oldest that these manifests are meant for, and the newest that is known
+KUBERNETES_VERSIONS = ("1.27", "1.37")  # the oldest that these manifests are meant for, and the newest that is known
 PREDICTOR_FIELDS = frozenset({"minReplicas", "maxReplicas", "autoScaling", "labels", "annotations"})  # the others are a PodSpec's
 
 
