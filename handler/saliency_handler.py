@@ -312,7 +312,9 @@ def _render_exception(error: Exception, *, as_text: bool = False) -> Reply:
 
 
 def _service_error(error: Exception) -> ServiceError:
-    """Give an error as a client gets to know it: its own mistake, or that there is a defect here."""
+    """Give an error as a client gets to know it: its own mistake, too little memory, or that there is a defect here."""
+    if isinstance(error, MemoryError):  # it may do later, beside less
+        return Overloaded(OVERLOADED)
     return error if isinstance(error, ServiceError) else _internal_error(error)
 
 

@@ -31,7 +31,8 @@ PLAIN_BYTES, PLAIN_PIXELS = 1_000_000, 4_000_000  # of files that are decoded in
 PLAIN_VISITS = 60_000_000  # of a progressive JPEG's coefficients
 # Processor seconds that decoding takes, for each pixel (with that, making it grey) and for each byte of the file.
 SECONDS_A_PIXEL = {"PNG": 16e-9, "JPEG": 8e-9, "GIF": 16e-9, "BMP": 16e-9, "TIFF": 30e-9, "WEBP": 20e-9}
-SECONDS_A_BYTE = 15e-9
+SECONDS_A_BYTE = {"PNG": 40e-9, "TIFF": 40e-9}  # deflate's, at worst; of the others OTHER_SECONDS_A_BYTE
+OTHER_SECONDS_A_BYTE = 15e-9
 SECONDS_A_SCAN_COEFFICIENT = 0.5e-9  # of a progressive JPEG
 MAX_COEFFICIENTS = 100_000_000  # of a progressive JPEG, which a decoder keeps, two bytes each
 
@@ -95,7 +96,8 @@ def read_structure(content: bytes, budget: DecodingBudget) -> Structure | None:
     if image_format is None:
         return None
     pixels, extra_seconds, is_plain = _READERS[image_format](content, budget)
-    seconds = pixels * SECONDS_A_PIXEL[image_format] + len(content) * SECONDS_A_BYTE + extra_seconds
+    seconds = pixels * SECONDS_A_PIXEL[image_format] + extra_seconds
+    seconds += len(content) * SECONDS_A_BYTE.get(image_format, OTHER_SECONDS_A_BYTE)
     return Structure(pixels, seconds, is_plain and pixels <= PLAIN_PIXELS and len(content) <= PLAIN_BYTES)
 
 

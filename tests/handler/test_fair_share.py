@@ -106,6 +106,22 @@ def test_request_of_too_much_work_is_refused_before_it_begins() -> None:
         preprocess(parse_request(*row, 10), 28, 28)
 
 
+def test_request_without_memory_is_told_to_come_again(
+    unpack: Callable[[], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handler = SaliencyHandler()
+    handler.initialize(context_for(unpack()))
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("handler.preprocess.prepare_digit", fail)
+    bad, good = answer(handler, [PLAIN, ({}, {"describe": "True", "explain": "False"})], tmp_path / "unpacked")
+    assert (bad[0], json.loads(bad[2])["error"]["type"]) == (503, "Overloaded")
+    assert bad[1]["Retry-After"] == f"{RETRY_AFTER_SECONDS}"
+    assert good[0] == 400
+
+
 @pytest.mark.parametrize("place", [0, 4], ids=str)
 def test_small_requests_are_answered_beside_many_costly_ones(unpack: Callable[[], Path], tmp_path: Path, place: int) -> None:
     """One of the costly ones is answered too; the others are told to come again."""
