@@ -80,6 +80,7 @@ class Explainer:
         self._arguments = (model_dir, headers, gpu)
         self._log_file = log_file
         self._is_stopped = False
+        self._batch_size = 1
         self.description = self._start()
 
     def __enter__(self) -> Self:
@@ -100,9 +101,12 @@ class Explainer:
         self._is_stopped = True
         self._process.kill()
 
-    def explain(self, groups: Iterable[Sequence[Item]]) -> Iterator[list[pa.RecordBatch]]:
+    def explain(self, groups: Iterable[Sequence[Item]], batch_size: int) -> Iterator[list[pa.RecordBatch]]:
         """Answer groups of images in their order.
 
+        Args:
+            groups: of images that are sent together.
+            batch_size: images that are answered at once.
         Returns:
             for each group record batches that have one row for each of its items together, in order.
         Raises:
@@ -110,6 +114,7 @@ class Explainer:
             Stopped: by `stop`.
         """
         waiting: deque[Sequence[Item]] = deque()
+        self._batch_size = batch_size
         for group in groups:
             waiting.append(group)
             self._send(group)
@@ -125,7 +130,7 @@ class Explainer:
         if not _contents_of(group):
             return self._merge(group, iter(()))
         try:
-            return self._merge(group, iter([self._receive()]))
+            return self._merge(group, iter([self._receive(len(group))]))
         except _ProcessEnded:
             self._restart()
         alone = [self._explain_alone(content) for content in _contents_of(group)]
@@ -138,7 +143,7 @@ class Explainer:
         for _ in range(DEATHS):
             self._send([content])
             try:
-                return self._receive()
+                return self._receive(1)
             except _ProcessEnded as error:
                 self._restart()
                 (problem,) = error.args
@@ -176,15 +181,15 @@ class Explainer:
         contents = _contents_of(group)
         if contents:
             try:
-                self._connection.send_bytes(join_batch(contents))
+                self._connection.send_bytes(join_batch(contents, self._batch_size))
             except OSError:  # it is gone; or it takes nothing, and must not be waited for
                 self._process.kill()
 
-    def _receive(self) -> pa.RecordBatch:
+    def _receive(self, image_count: int) -> pa.RecordBatch:
+        limit = self.description.timeout_s * -(-image_count // self._batch_size)
         try:
-            if not self._connection.poll(self.description.timeout_s):
+            if not self._connection.poll(limit):
                 self._process.kill()
-                limit = self.description.timeout_s
                 raise _ProcessEnded(
                     ImageProblem("ProcessTimeout", f"expected an answer within {limit:.0f} s, got none: the process was ended")
                 )

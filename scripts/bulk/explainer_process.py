@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-COUNT = struct.Struct("<I")
+COUNTS = struct.Struct("<II")  # of a message's files, and of those that are answered at once
 LENGTH = struct.Struct("<Q")
 AHEAD = 2  # batches that wait here while one is answered
 LABELS_FILE = "index_to_name.json"  # TorchServe's name for the names of classes
@@ -63,15 +63,19 @@ def main() -> None:
     batches: queue.Queue[bytes] = queue.Queue(AHEAD)
     threading.Thread(target=_receive, args=(connection, batches), daemon=True).start()
     while True:
-        contents = split_batch(batches.get())
-        answers = handler.results_of([{"data": content} for content in contents], [headers] * len(contents))
+        contents, batch_size = split_batch(batches.get())
+        rows = [{"data": content} for content in contents]
+        answers = []
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            answers += handler.results_of(batch, [headers] * len(batch))
         for index, answer in enumerate(answers):
             if not isinstance(answer, list) and answer.status >= 500:  # perhaps only too much beside the others
-                (answers[index],) = handler.results_of([{"data": contents[index]}], [headers])
-        batch = columns.record_batch(answers)
+                (answers[index],) = handler.results_of([rows[index]], [headers])
+        record_batch = columns.record_batch(answers)
         sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, batch.schema) as stream:
-            stream.write_batch(batch)
+        with pa.ipc.new_stream(sink, record_batch.schema) as stream:
+            stream.write_batch(record_batch)
         connection.send_bytes(sink.getvalue())
 
 
@@ -107,21 +111,21 @@ def _receive(connection: Connection, batches: "queue.Queue[bytes]") -> None:
             os._exit(0)  # whoever asked is gone, and so is all reason to finish
 
 
-def join_batch(contents: Sequence[bytes]) -> bytes:
-    """Make a message of image files: their number, the length of each, then all of them."""
-    return b"".join([COUNT.pack(len(contents)), *(LENGTH.pack(len(content)) for content in contents), *contents])
+def join_batch(contents: Sequence[bytes], batch_size: int) -> bytes:
+    """Make a message of image files: how many, how many to answer at once, the length of each, then all of them."""
+    return b"".join([COUNTS.pack(len(contents), batch_size), *(LENGTH.pack(len(content)) for content in contents), *contents])
 
 
-def split_batch(message: bytes) -> list[bytes]:
+def split_batch(message: bytes) -> tuple[list[bytes], int]:
     """Undo `join_batch`."""
-    (count,) = COUNT.unpack_from(message)
-    end = COUNT.size + count * LENGTH.size
+    count, batch_size = COUNTS.unpack_from(message)
+    end = COUNTS.size + count * LENGTH.size
     contents = []
     for index in range(count):
-        (length,) = LENGTH.unpack_from(message, COUNT.size + index * LENGTH.size)
+        (length,) = LENGTH.unpack_from(message, COUNTS.size + index * LENGTH.size)
         contents.append(message[end : end + length])
         end += length
-    return contents
+    return contents, batch_size
 
 
 class Refused(ValueError):

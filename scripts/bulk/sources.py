@@ -317,7 +317,7 @@ def read_images(images: pa.Table, column: str | None = None) -> Iterator[bytes |
 
 def read_file(file: bytes) -> bytes | ImageProblem:
     """Read one image file. Nothing is waited for: a pipe, a device or a socket is no image file."""
-    if URL.match(shown_name(file)):
+    if not file.startswith(b"/"):
         return _read_url(file, 0, None)
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -327,8 +327,10 @@ def read_file(file: bytes) -> bytes | ImageProblem:
                 return ImageProblem("UnreadableFile", "expected a file, got a pipe, a device, or the like")
             if status.st_size > MAX_BODY_BYTES:
                 return _too_large(status.st_size)
-            with os.fdopen(descriptor, "rb", closefd=False) as opened:
-                return opened.read()
+            content = b""
+            while piece := os.read(descriptor, max(status.st_size, 1) - len(content)):
+                content += piece
+            return content
         finally:
             os.close(descriptor)
     except OSError as error:

@@ -565,7 +565,7 @@ def test_a_disk_without_room_ends_the_job_in_a_sentence(archive: Path, tmp_path:
 
 def test_a_batch_is_taken_apart_as_it_was_put_together() -> None:
     for contents in ([], [b""], [b"a", b"", b"bcd" * 1000]):
-        assert split_batch(join_batch(contents)) == contents
+        assert split_batch(join_batch(contents, 7)) == (contents, 7)
 
 
 def test_a_table_of_images_keeps_its_schema(tmp_path: Path) -> None:
