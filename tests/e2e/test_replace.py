@@ -26,7 +26,7 @@ from scripts.serving.launcher import Ports, ServeError, Settings, TorchServe
 from scripts.serving.watch import Limits, jvm_bound
 from tests.client import TIMEOUT_S
 from tests.conftest import label_of
-from tests.servers import wait_for, workers_of
+from tests.servers import read_until, serving, wait_for, workers_of
 from tests.tls import make_certificate
 
 CLIENTS = 4
@@ -281,3 +281,20 @@ def test_ten_thousand_bad_forms_leave_nothing(archive: Path, tmp_path: Path) -> 
     print(
         f"10,000 bad forms of 1 MB: the JVM took {most / 1e6:.0f} MB at most; {clients.ends['right']} right answers beside them"
     )
+
+
+@pytest.mark.long
+def test_launcher_replaces_a_hung_jvm_by_itself(archive: Path, tmp_path: Path) -> None:
+    """`python -m scripts.serving`, with the committed limits: a minute passes before silence is a reason."""
+    ports = Ports.free()
+    with serving(ports, tmp_path / "logs", f"--archive={archive}", "--workers=1") as process:
+        read_until(process, r"curl .*/explanations/")
+        (jvm,) = [one for one in psutil.Process(process.pid).children(recursive=True) if "-ncs" in one.cmdline()]
+        jvm.suspend()
+        printed = read_until(process, r"TorchServe is replaced")
+        assert re.search(r"(?m)^replacing TorchServe: TorchServe has not answered for \d+ s \.\.\.$", printed)
+        with GoodClients(f"http://127.0.0.1:{ports.inference}") as clients:
+            clients.wait_for_more()
+        assert clients.ends.keys() == {"right"}, clients.ends
+        process.terminate()
+        assert process.wait(timeout=60) == 0
