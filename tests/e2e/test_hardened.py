@@ -293,7 +293,7 @@ def test_no_workflow_is_fetched(hardened: Hardened) -> None:
 
 def test_no_process_has_more_rights_than_to_serve(hardened: Hardened) -> None:
     processes = hardened.processes()
-    assert len(processes) == 6
+    assert len(processes) in (6, 7)  # the worker starts a decoder once a costly image comes
     if not hardened.as_nobody:
         pytest.skip("no other user can run this interpreter")
     for process in processes:
