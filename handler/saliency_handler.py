@@ -34,7 +34,7 @@ from handler.protocol.describe import describe_service
 from handler.protocol.options import Options
 from handler.protocol.reply import REPLY_HEADERS, Reply, Result, fit_batch, render_description, render_error, render_results
 from handler.protocol.request import ROUTE_HEADER, Request, is_describe_request, parse_request, read_correlation_id
-from handler.runtime.archive import input_shape_of, load_network, mean_pixel_of, verify_files
+from handler.runtime.archive import input_shape_of, load_network, mean_pixel_of, read_class_names, verify_files
 from handler.runtime.calibration import read_calibration
 from handler.runtime.malloc import IdleTrimmer, keep_freed_memory
 from handler.runtime.metrics import Meter, Step, TimedPasses, answer_of
@@ -80,6 +80,7 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         self.model = freeze(network).to(self.device)
         self.input_shape = input_shape_of(network)
         self.class_count = cast(int, network.CLASS_COUNT)
+        self.class_names = read_class_names(model_dir, self.class_count)
         self.mean_pixel = mean_pixel_of(network, self.input_shape[0])
         self.calibration = read_calibration(model_dir)
         self.model_description = {
@@ -222,7 +223,7 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
 
     def _describe(self) -> dict[str, Any]:
         _, height, width = self.input_shape
-        return describe_service(self.model_description, height, width, self.class_count)
+        return describe_service(self.model_description, height, width, self.class_names)
 
     def _require_time(self) -> None:
         """Refuse what is left of a batch that has taken too long."""

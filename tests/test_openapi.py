@@ -22,7 +22,9 @@ from scripts.paths import ROOT
 from tests.openapi import DOCUMENT, DOCUMENT_FILE, example_replies, resolve, schema_at, validator_of
 
 CLASS_COUNT = 10
-DESCRIPTION = describe_service({"name": "digits", "version": "1.0", "weights_sha256": "0" * 64}, 28, 28, CLASS_COUNT)
+DESCRIPTION = describe_service(
+    {"name": "digits", "version": "1.0", "weights_sha256": "0" * 64}, 28, 28, [str(index) for index in range(CLASS_COUNT)]
+)
 REFERENCE = (ROOT / "handler" / "README.md").read_text().partition("\n## What the numbers mean")[0]
 HEADERS = {parameter["name"]: parameter for parameter in DOCUMENT["components"]["parameters"].values()}
 REPLY_HEADERS = resolve(DOCUMENT["components"]["responses"]["Answer"])["headers"]

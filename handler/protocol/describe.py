@@ -1,5 +1,6 @@
 """What the service says of itself, taken from the tables that it works by."""
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -23,17 +24,19 @@ from handler.render.drawing import ANCHORS, DIVERGING
 VERSIONS_OF = ("torch", "torchserve", "numpy", "scipy", "pillow")
 
 
-def describe_service(model: dict[str, str], height: int, width: int, class_count: int) -> dict[str, Any]:
+def describe_service(model: dict[str, str], height: int, width: int, class_names: Sequence[str]) -> dict[str, Any]:
     """List options, accepted values and defaults, formats, limits and versions.
 
     Args:
         model: name, version and checksum of the weights.
         height, width: of the network's input.
-        class_count: how many classes the network has.
+        class_names: of the network's classes, in the order of their indices.
     """
+    class_count = len(class_names)
     return {
         "model": model,
         "class_count": class_count,
+        "class_names": list(class_names),
         "input_shape": [height, width],
         "image_formats": ACCEPTED_FORMATS,
         "array_shapes": [[height, width], ["N", height, width], ["N", 1, height, width]],

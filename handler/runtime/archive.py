@@ -4,6 +4,7 @@
 """
 
 import inspect
+import json
 from pathlib import Path
 from typing import cast
 
@@ -25,8 +26,11 @@ __all__ = [
     "load_network",
     "load_weights",
     "mean_pixel_of",
+    "read_class_names",
     "verify_files",
 ]
+
+CLASS_NAMES_FILE = "index_to_name.json"  # as TorchServe's own handlers call it
 
 
 def build_network(model_file: Path) -> nn.Module:
@@ -74,6 +78,23 @@ def input_shape_of(network: nn.Module) -> tuple[int, int, int]:
     if shape[0] != 1:
         raise ArchiveError(f"expected a network of one input channel, got INPUT_SHAPE {shape}")
     return shape
+
+
+def read_class_names(model_dir: Path, class_count: int) -> list[str]:
+    """Read the names of the classes, as TorchServe's own handlers do; where the archive has none, they are the indices.
+
+    Raises:
+        ArchiveError: the file of names is no JSON object.
+    """
+    file = model_dir / CLASS_NAMES_FILE
+    try:
+        names = json.loads(file.read_text()) if file.is_file() else {}
+        own = [names.get(str(index), str(index)) for index in range(class_count)]
+    except (ValueError, AttributeError) as error:
+        raise ArchiveError(f"expected a JSON object of class names in {CLASS_NAMES_FILE}, got something else") from error
+    return [
+        str(name[-1]) if isinstance(name, list) and name else str(name) for name in own
+    ]  # ImageNet's has ["n01440764", "tench"]
 
 
 def mean_pixel_of(network: nn.Module, channels: int) -> NDArray[np.floating] | None:

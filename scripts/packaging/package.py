@@ -27,7 +27,7 @@ from model_archiver.model_packaging import generate_model_archive
 from handler.gradients.compiled import COMPILED_PASS_FILE
 from handler.gradients.compiler import compile_pass
 from handler.gradients.explain import freeze
-from handler.runtime.archive import load_network
+from handler.runtime.archive import CLASS_NAMES_FILE, load_network
 from handler.runtime.calibration import CALIBRATION_FILE, read_calibration
 from scripts.command_line import HelpFormatter
 from scripts.packaging.archive_file import checksum_file_of, read_archive, write_archive
@@ -50,7 +50,9 @@ MANIFEST = "MAR-INF/MANIFEST.json"
 MODEL_VERSION = "1.0"
 
 
-def build_archive(output: Path, *, model_file: Path, weights_file: Path, model_config: Path) -> str:
+def build_archive(
+    output: Path, *, model_file: Path, weights_file: Path, model_config: Path, class_names_file: Path | None = None
+) -> str:
     """Build an archive with torch-model-archiver, then write it again without dates.
 
     Where a calibration.json stands beside the weights (`scripts/research/calibrate.py` writes it), the archive carries it.
@@ -60,6 +62,7 @@ def build_archive(output: Path, *, model_file: Path, weights_file: Path, model_c
         model_file: Python file that defines the network.
         weights_file: its weights, safetensors.
         model_config: TorchServe's model-config.yaml.
+        class_names_file: TorchServe's index_to_name.json; without it the classes are called by their indices.
     Returns:
         SHA-256 of the archive, in hexadecimal.
     Raises:
@@ -97,6 +100,8 @@ def build_archive(output: Path, *, model_file: Path, weights_file: Path, model_c
     entries[COMPILED_PASS_FILE] = compile_pass(network, input_shape).encode()
     if calibration is not None:
         entries[CALIBRATION_FILE] = calibration
+    if class_names_file is not None:
+        entries[CLASS_NAMES_FILE] = class_names_file.read_bytes()
     entries[REFERENCE_FILE] = make_reference_answer(network, weights_sha256)
     return write_archive(output, entries)
 
@@ -177,6 +182,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--weights", type=Path, default=WEIGHTS_FILE, metavar="FILE", help="the network's weights, safetensors")
     parser.add_argument("--model-config", type=Path, default=MODEL_CONFIG, metavar="FILE", help="TorchServe's model-config.yaml")
+    parser.add_argument("--class-names", type=Path, metavar="FILE", help="names of the classes: TorchServe's index_to_name.json")
     return parser
 
 
@@ -189,6 +195,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             model_file=arguments.model_file,
             weights_file=arguments.weights,
             model_config=arguments.model_config,
+            class_names_file=arguments.class_names,
         )
         report = smoke_test(arguments.output)
     except (RuntimeError, ValueError, OSError) as error:  # an ArchiveError is a RuntimeError

@@ -600,6 +600,7 @@ def test_management_api_describes_the_service(server: TorchServe, samples: list[
         "schema": {"enum": list(Encoding), "default": "nested"},
     }
     assert description["colormaps"].keys() == set(Colormap)
+    assert description["class_names"] == [str(digit) for digit in range(10)]
     assert list(description["methods"]) == list(METHODS)
     assert description["limits"]["pictures_a_request"] == 1024
     assert description["versions"]["torchserve"] == version("torchserve")

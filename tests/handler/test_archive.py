@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from handler.runtime.archive import ArchiveError, input_shape_of, load_network, mean_pixel_of, verify_files
+from handler.runtime.archive import ArchiveError, input_shape_of, load_network, mean_pixel_of, read_class_names, verify_files
 from model.network import MNIST_MEAN
 from scripts.paths import MODEL_FILE, WEIGHTS_FILE
 
@@ -137,3 +137,25 @@ def test_network_of_several_channels_is_refused() -> None:
         input_shape_of(network)
     network.INPUT_SHAPE = (1, 5, 7)  # type: ignore[assignment]
     assert input_shape_of(network) == (1, 5, 7)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, ["0", "1", "2"]),
+        ('{"0": "cat", "1": ["n1", "dog"], "2": "owl"}', ["cat", "dog", "owl"]),
+        ('{"1": "dog"}', ["0", "dog", "2"]),
+    ],
+    ids=["no file", "TorchServe's two forms", "some missing"],
+)
+def test_classes_have_the_archive_s_names_or_their_indices(tmp_path: Path, content: str | None, expected: list[str]) -> None:
+    if content is not None:
+        (tmp_path / "index_to_name.json").write_text(content)
+    assert read_class_names(tmp_path, 3) == expected
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "{", ""])
+def test_file_of_class_names_that_is_none_stops_the_load(tmp_path: Path, content: str) -> None:
+    (tmp_path / "index_to_name.json").write_text(content)
+    with pytest.raises(ArchiveError, match="expected a JSON object of class names"):
+        read_class_names(tmp_path, 3)

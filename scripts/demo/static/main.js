@@ -46,8 +46,7 @@ let shownState = null;
 // --- what is asked
 
 const names = () => {
-  const given = description?.class_names ?? description?.classes;
-  if (Array.isArray(given)) return given.map(String);
+  if (description?.class_names) return description.class_names;
   const count = description?.class_count ?? reply?.logits.length ?? 0;
   return Array.from({ length: count }, (_, index) => String(index));
 };
