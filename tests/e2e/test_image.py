@@ -43,11 +43,12 @@ REQUESTS_IN_FLIGHT = 8
 
 @dataclass(frozen=True)
 class Image:
-    """A built image: its configuration, its size in bytes and its root folder."""
+    """A built image: its configuration, its size in bytes, its root folder, and the commit that it was built of."""
 
     config: dict[str, Any]
     size: int
     root: Path
+    revision: str
 
 
 def run(*command: str, **options: Any) -> str:
@@ -119,12 +120,13 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
         bundle = os.environ.get("PIP_CERT")  # where this machine's pip is told whom to trust, so is the image's
         if bundle:
             options.append(f"--ca-bundle={bundle}")
+        revision = image_program.read_revision()
         assert image_program.main([*options, "--", "--network=host", "--pull=false"]) == 0
         described = json.loads(run("buildah", "inspect", "--type", "image", TAG))["OCIv1"]["config"]
         container = run("buildah", "from", "--pull=false", TAG)
         root = Path(run("buildah", "mount", container))
         listed = run("du", "--summarize", "--apparent-size", "--block-size=1", "--one-file-system", str(root))
-        yield Image(described, int(listed.split()[0]), root)
+        yield Image(described, int(listed.split()[0]), root, revision)
         run("buildah", "rm", container)
     shutil.rmtree(folder, ignore_errors=True)
 
@@ -182,7 +184,7 @@ def test_image_is_small_and_says_what_it_is(image: Image) -> None:
     assert image.config["Entrypoint"][:4] == ["python", "-m", "scripts.serving", "--cluster"]
     labels = image.config["Labels"]
     assert labels["org.opencontainers.image.version"] == image_program.read_version()
-    assert labels["org.opencontainers.image.revision"] == image_program.read_revision()
+    assert labels["org.opencontainers.image.revision"] == image.revision
     assert labels["org.opencontainers.image.licenses"] == "MIT"
 
 
