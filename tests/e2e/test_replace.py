@@ -23,6 +23,7 @@ from scripts.serving.configuration import TORCHSERVE_SOCKET, find_property, writ
 from scripts.serving.credentials import authorization, read_token
 from scripts.serving.hardened import Hardening
 from scripts.serving.launcher import Ports, ServeError, Settings, TorchServe
+from scripts.serving.server import MAX_REPLACEMENTS
 from scripts.serving.watch import Limits, jvm_bound
 from tests.client import TIMEOUT_S
 from tests.conftest import label_of
@@ -104,6 +105,10 @@ def jvm_of(server: TorchServe) -> psutil.Process:
     return next(process for process in server.processes() if "org.pytorch.serve.ModelServer" in process.cmdline())
 
 
+def has_ended(process: psutil.Process) -> bool:
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE  # nobody may have asked for it yet
+
+
 def wait_for_reason(server: TorchServe) -> str:
     found: list[str] = []
 
@@ -152,7 +157,7 @@ def test_leak_is_real_and_its_replacement_costs_nobody_an_answer(watched: TorchS
         watched.replace(reason)
         clients.wait_for_more()
     assert clients.ends.keys() == {"right"}, clients.ends
-    assert not leaking.is_running()
+    assert has_ended(leaking)
     assert watched.find_reason_to_replace() == ""
     log = (watched.settings.log_dir / "console.log").read_text()
     assert f"[launcher] replacing TorchServe: {reason}\n" in log
@@ -164,7 +169,7 @@ def test_leak_is_real_and_its_replacement_costs_nobody_an_answer(watched: TorchS
             r'(?m)^(saliency_(?:frontend|server)\w+){Level="Host",.*} (\S+)$', requests.get(address, timeout=TIMEOUT_S).text
         )
     )
-    assert float(figures["saliency_server_replacements"]) == 1
+    assert float(figures["saliency_server_replacements"]) >= 1
     assert float(figures["saliency_frontend_limit_bytes"]) == 600_000_000
     assert 200e6 < float(figures["saliency_frontend_resident_bytes"]) < 600e6
 
@@ -175,13 +180,13 @@ def test_hung_jvm_is_replaced(watched: TorchServe) -> None:
     reason = wait_for_reason(watched)
     assert re.fullmatch(r"TorchServe has not answered for \d+ s", reason)
     watched.replace(reason)
-    assert not jvm.is_running()
+    assert has_ended(jvm)
     with GoodClients(watched.address) as clients:
         clients.wait_for_more()
     assert clients.ends.keys() == {"right"}, clients.ends
 
 
-def test_workers_that_do_not_come_back_are_a_reason_and_too_many_replacements_are_the_end(watched: TorchServe) -> None:
+def test_workers_that_do_not_come_back_are_a_reason(watched: TorchServe) -> None:
     ended = threading.Event()
 
     def keep_killing() -> None:
@@ -201,8 +206,14 @@ def test_workers_that_do_not_come_back_are_a_reason_and_too_many_replacements_ar
     watched.replace(reason)
     with GoodClients(watched.address) as clients:
         clients.wait_for_more()
+
+
+def test_too_many_replacements_are_the_end(watched: TorchServe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watched, "_replaced", [time.monotonic()] * MAX_REPLACEMENTS)
     with pytest.raises(ServeError, match="had to be replaced 4 times in 10 minutes, now as a test"):
         watched.replace("a test")
+    with GoodClients(watched.address) as clients:  # nothing has been ended yet
+        clients.wait_for_more()
 
 
 def test_tokens_of_a_hardened_server_outlive_a_replacement(archive: Path, tmp_path: Path) -> None:
