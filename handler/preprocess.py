@@ -24,6 +24,7 @@ from handler.images.decode import DecodedImage, decode_image
 from handler.images.digits import prepare_digit
 from handler.images.preparation import Prepare, PreparedImage, scale_image
 from handler.images.structure import read_structure
+from handler.images.thumbnail import Thumbnail
 from handler.limits import (
     MAX_DECODE_SECONDS,
     MAX_GRADIENTS,
@@ -42,6 +43,7 @@ from handler.limits import (
 )
 from handler.protocol.options import Options, Space
 from handler.protocol.request import Part, Payload, ReplyFormat, Request
+from handler.render.drawing import Background
 
 PNG_MAGIC, PNG_SIDES, PNG_SIDES_END = b"\x89PNG", struct.Struct(">II"), 24
 MAP_NUMBERS = {
@@ -259,6 +261,8 @@ def _prepare(decoded: Decoded, asked: Options, height: int, width: int) -> Prepa
         raise decoded
     prepare = scale_image if asked.prepare is Prepare.NONE else prepare_digit
     image = prepare(decoded.grey, height, width, decoded.source)
+    if asked.explain and asked.style.background is Background.SENT and asked.space is Space.CANONICAL:
+        image = replace(image, thumbnail=Thumbnail.of(decoded.grey, image.window, asked.style.size))
     if decoded.reduction > 1 and image.ink_box is not None:  # back to the pixels of the file
         left, top, right, bottom = (side * decoded.reduction for side in image.ink_box)
         x0, y0, x1, y1 = (side * decoded.reduction for side in image.window)

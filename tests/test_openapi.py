@@ -103,7 +103,7 @@ def test_option_has_the_default_and_the_values_of_the_code(name: str) -> None:
 
 CANDIDATES: list[Any] = [
     *(True, False, None, "", "true", "yes", "all", "predicted", "auto", "none", "nested", "base64", "canonical", "image"),
-    *("gradient", "magic", "signed", "absolute", "RdBu_r", "rdbu_r", "viridis", "map", "overlay", "side_by_side"),
+    *("gradient", "magic", "signed", "absolute", "RdBu_r", "rdbu_r", "viridis", "map", "overlay", "side_by_side", "sent"),
     *("smoothgrad", "integrated_gradients", "SmoothGrad", "mean", "squared", "variance", "zero", "mnist"),
     *(-1, 0, 1, 9, 10, 27, 28, 49, 50, 99.5, 100, 101, 300, 301, 500, 501, 1024, 1025, 2**32 - 1, 2**32, 0.15, 1.01, 3.5),
     *([], [3], [3, "predicted"], [3, 10], ["all"], [0] * 10, [0] * 11, {}),

@@ -18,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from handler.images.thumbnail import Thumbnail
+
 Array = NDArray[np.float32]
 
 DENSE_PIXELS = 4096  # of smaller images the zeros among the weights cost less than leaving them out
@@ -89,6 +91,7 @@ class PreparedImage:
         threshold: contrast to the paper, 0-1, from which a pixel was taken for ink; None likewise.
         source: what the image was sent as, such as "PNG image".
         sent: float32 (H, W), its grey levels as sent, where maps are asked for in its own pixels.
+        thumbnail: the image as sent, made small, where maps are drawn on it.
         warnings: what was met on the way that may make the answer wrong.
     """
 
@@ -104,6 +107,7 @@ class PreparedImage:
     threshold: float | None = None
     source: str = "pixels"
     sent: Array | None = None
+    thumbnail: Thumbnail | None = None
     warnings: tuple[ImageWarning, ...] = ()
 
     @property

@@ -18,7 +18,7 @@ from handler.errors import InvalidOption, UnknownOption, shown
 from handler.gradients.methods import GRADIENT, METHODS, PARAMETERS, Method, Parameter
 from handler.images.preparation import Prepare
 from handler.limits import MAX_OPTION_CHARACTERS, MAX_SIZE, MIN_PERCENTILE, MIN_SIZE
-from handler.render.drawing import Colormap, Layout, Polarity, Style
+from handler.render.drawing import Background, Colormap, Layout, Polarity, Style
 
 HEADER_PREFIX = "x-saliency-"  # an option's header is this and its name, in any letter case, with hyphens
 IMAGE_FIELDS = ("data", "image", "body")  # a JSON or form field of one of these names holds the image
@@ -137,6 +137,11 @@ STYLE_OPTIONS: Mapping[str, Option] = {  # of a drawing; the fields of Style
         "percentile of the absolute numbers that are not zero, from which on colours are full",
     ),
     "layout": Option(_members(Layout), _STYLE.layout, "the map over the image, the map alone, or image and maps side by side"),
+    "background": Option(
+        _members(Background),
+        _STYLE.background,
+        "image that a drawing has under its maps: what the network got, or the image as sent, with the maps where they come from",
+    ),
 }
 OPTIONS: Mapping[str, Option] = {
     "explain": Option(Flag(), default=False, description="ask for an explanation on a route that predicts"),

@@ -363,13 +363,19 @@ def _render_png(results: Sequence[Result]) -> Reply:
     methods = [result.options.method for result in results]
     titles = [_title(method) if len(set(methods)) > 1 else "" for method in methods]  # rows of one method need none
     rows = [
-        _draw_ink(
-            Row(_image_of_maps(result.image), result.explanation.maps, result.explanation.classes, method.unit, title), result
-        )
+        _draw_ink(_row(result.image, result.explanation, method.unit, title), result)
         for result, method, title in zip(results, methods, titles, strict=True)
         if result.explanation is not None
     ]
     return Reply(HTTPStatus.OK, ReplyFormat.PNG, draw(rows, results[0].options.style), _map_headers(results))
+
+
+def _row(image: PreparedImage, explanation: Explanation, unit: str, title: str) -> Row:
+    """Put the maps onto the pixels that they are of or, where they are asked for there, onto the image as it was sent."""
+    if image.thumbnail is not None:
+        grey, window = image.thumbnail.grey, image.thumbnail.window
+        return Row(grey, explanation.maps, explanation.classes, unit, title, window)
+    return Row(image.pixels if image.sent is None else image.sent, explanation.maps, explanation.classes, unit, title)
 
 
 def _draw_ink(row: Row, result: Result) -> Row:
@@ -387,11 +393,6 @@ def _title(method: Method) -> str:
     parameters = method.parameters()
     chosen = [f"{name} {value}" for name, value in method.values.items() if value != parameters[name].default]
     return ", ".join([method.name, *chosen])
-
-
-def _image_of_maps(image: PreparedImage) -> NDArray[np.float32]:
-    """The pixels that the maps are of: float32 (H, W) in [0, 1]."""
-    return image.pixels if image.sent is None else image.sent
 
 
 def _map_headers(results: Sequence[Result]) -> dict[str, str]:

@@ -54,6 +54,13 @@ class Layout(StrEnum):
     SIDE_BY_SIDE = "side_by_side"
 
 
+class Background(StrEnum):
+    """Which image is under the maps: what the network got, or the image as it was sent."""
+
+    CANONICAL = "canonical"
+    SENT = "sent"
+
+
 DIVERGING = (Colormap.RDBU_R, Colormap.PUOR)
 
 # Colours at even distances, from the lowest number to the highest, with straight lines between them. RdBu and PuOr: ColorBrewer
@@ -82,8 +89,10 @@ class Style:
         clip_percentile: percentile of a row's absolute numbers, without zeros, from which on they have the full colour,
             MIN_PERCENTILE to 100.
         layout: map over image, map alone, or image and maps side by side with a colour bar.
+        background: which image is under the maps. On the image as sent they are laid in every layout.
     Raises:
-        InvalidOption: signed numbers in a colour map that does not diverge, where zero would look like any other number.
+        InvalidOption: signed numbers in a colour map that does not diverge, where zero would look like any other number; or maps
+            alone on a background.
     """
 
     size: int = 448
@@ -91,6 +100,7 @@ class Style:
     polarity: Polarity = Polarity.SIGNED
     clip_percentile: float = 99.0
     layout: Layout = Layout.OVERLAY
+    background: Background = Background.CANONICAL
 
     def __post_init__(self) -> None:
         if self.polarity is Polarity.SIGNED and self.colormap not in DIVERGING:
@@ -98,6 +108,16 @@ class Style:
                 f"expected one of {', '.join(DIVERGING)} as 'colormap' with 'polarity' {self.polarity}, got {self.colormap}; or "
                 f"choose another 'polarity': {', '.join(list(Polarity)[1:])}"
             )
+        if self.background is Background.SENT and self.layout is Layout.MAP:
+            raise InvalidOption(
+                f"expected 'layout' {Layout.OVERLAY} or {Layout.SIDE_BY_SIDE} with 'background' {self.background}, got "
+                f"{self.layout}, which draws maps on no image"
+            )
+
+    @property
+    def lays_over(self) -> bool:
+        """Whether maps are laid over their image."""
+        return self.layout is Layout.OVERLAY or self.background is Background.SENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,10 +126,11 @@ class Row:
 
     Attributes:
         image: float32 (H, W), intensity in [0, 1].
-        maps: float32 (T, H', W'), T >= 1, finite, signed; of the image's extent, and of any resolution.
+        maps: float32 (T, H', W'), T >= 1, finite, signed; of the image's extent, or the window's, and of any resolution.
         classes: what each map explains, T of them.
         unit: of the maps' numbers, beside the colour bar; empty where it is not known.
         title: stands above the row, such as the method that made its maps; empty for none.
+        window: left, top, right, bottom of the maps, in pixels of the image; it may reach beyond. None for all of the image.
     """
 
     image: NDArray[np.float32]
@@ -117,6 +138,7 @@ class Row:
     classes: tuple[int, ...]
     unit: str = ""
     title: str = ""
+    window: tuple[float, float, float, float] | None = None
 
 
 def draw(rows: Sequence[Row], style: Style) -> bytes:
@@ -169,13 +191,14 @@ def _draw_panels(row: Row, style: Style) -> tuple[list[Image.Image], float]:
     grey = np.asarray(_shrink(Image.fromarray(row.image), size))
     levels = np.rint(np.clip(grey, 0, 1) * 255).astype(np.uint8)
     image = _enlarge(Image.fromarray(levels), size).convert("RGB")
-    maps = np.stack([np.asarray(_shrink(Image.fromarray(saliency), size)) for saliency in row.maps])
+    extent = _extent(row, size)
+    maps = np.stack([np.asarray(_shrink(Image.fromarray(saliency), extent)) for saliency in row.maps])
     limit = _limit(maps, style.clip_percentile)
     panels = [image] if style.layout is Layout.SIDE_BY_SIDE else []
     for saliency in maps:
         shares = _shares(saliency, limit, style.polarity)
-        if style.layout is Layout.OVERLAY:
-            panels.append(_lay_over(image, shares, style.colormap))
+        if style.lays_over:
+            panels.append(_lay_over(image, _place(shares, row, size), style.colormap))
         else:
             panels.append(_enlarge(_paint(shares, style.colormap), size))
     return panels, limit
@@ -186,6 +209,33 @@ def _lay_over(image: Image.Image, shares: NDArray[np.float32], colormap: Colorma
     hues = np.sign(shares) * np.float32(HUE_SHARE) if colormap in DIVERGING else shares
     opacity = Image.fromarray(np.rint(np.abs(shares) * (255 * OPACITY)).astype(np.uint8))
     return Image.composite(_enlarge(_paint(hues, colormap), image.size), image, _enlarge(opacity, image.size))
+
+
+def _extent(row: Row, size: tuple[int, int]) -> tuple[int, int]:
+    """Width and height of a row's maps in a panel of this size."""
+    if row.window is None:
+        return size
+    left, top, right, bottom = row.window
+    height, width = row.image.shape
+    return max(1, round((right - left) * size[0] / width)), max(1, round((bottom - top) * size[1] / height))
+
+
+def _place(shares: NDArray[np.float32], row: Row, size: tuple[int, int]) -> NDArray[np.float32]:
+    """Put a map where its window is in a panel, with zeros around it; a map of the whole image stays as it is."""
+    if row.window is None:
+        return shares
+    left, top, right, bottom = row.window
+    height, width = row.image.shape
+    y = _sources(size[1], height, top, bottom, shares.shape[0])
+    x = _sources(size[0], width, left, right, shares.shape[1])
+    return np.pad(shares, 1)[np.ix_(y + 1, x + 1)]
+
+
+def _sources(panel_side: int, image_side: int, start: float, stop: float, count: int) -> NDArray[np.intp]:
+    """Say for each pixel of a panel which of a window's `count` pixels is there: -1 before it, `count` behind it."""
+    middles = (np.arange(panel_side) + 0.5) * (image_side / panel_side)  # in pixels of the image
+    sources: NDArray[np.intp] = np.clip(np.floor((middles - start) * (count / (stop - start))), -1, count).astype(np.intp)
+    return sources
 
 
 def _panel_size(row: Row, style: Style) -> tuple[int, int]:
@@ -272,7 +322,7 @@ def _draw_row(row: Row, style: Style, lettering: _Lettering) -> Image.Image:
     names += [(f"class {target}", str(target)) for target in row.classes]
     cells = [_label(panel, choices, lettering) for panel, choices in zip(panels, names, strict=True)]
     if style.layout is Layout.SIDE_BY_SIDE and limit > 0 and panels[0].height >= 2 * lettering.font.size:
-        cells.append(_label(_draw_bar(panels[0].height, limit, row.unit, style, lettering), ("",), lettering))
+        cells.append(_label(_draw_bar(panels[0].height, limit, row, style, lettering), ("",), lettering))
     line = _join(cells, lettering.gap)
     return _label(line, (row.title,), lettering) if row.title else line
 
@@ -287,12 +337,18 @@ def _label(panel: Image.Image, choices: Sequence[str], lettering: _Lettering) ->
     return cell
 
 
-def _draw_bar(height: int, limit: float, unit: str, style: Style, lettering: _Lettering) -> Image.Image:
-    """Draw the colours of all numbers from the highest down, with their limits and, where there is room, their unit."""
+def _draw_bar(height: int, limit: float, row: Row, style: Style, lettering: _Lettering) -> Image.Image:
+    """Draw the colours of all numbers from the highest down, with their limits and, where there is room, their unit.
+
+    Where maps are laid over their image, these are the colours on its paper.
+    """
     lowest = 0 if style.polarity in (Polarity.ABSOLUTE, Polarity.POSITIVE) else -1
     highest = 0 if style.polarity is Polarity.NEGATIVE else 1
     shares = np.linspace(highest, lowest, height, dtype=np.float32)[:, None]  # (height, 1)
     bar = _enlarge(_paint(shares, style.colormap), (lettering.line_height, height))
+    if style.lays_over:
+        paper = round(255 * min(max(float(np.median(row.image)), 0.0), 1.0))
+        bar = _lay_over(Image.new("RGB", bar.size, (paper, paper, paper)), shares, style.colormap)
     ticks = [(0, f"{highest * limit:.3g}", "lt"), (height, f"{lowest * limit:.3g}", "lb")]
     if style.polarity is Polarity.SIGNED and height >= 4 * lettering.font.size:
         ticks.append((height // 2, "0", "lm"))
@@ -300,9 +356,9 @@ def _draw_bar(height: int, limit: float, unit: str, style: Style, lettering: _Le
     for y, text, anchor in ticks:
         ImageDraw.Draw(scale).text((0, y), text, "black", lettering.font, anchor=anchor)
     images = [bar, scale]
-    if unit and ceil(lettering.font.getlength(unit)) <= height:
+    if row.unit and ceil(lettering.font.getlength(row.unit)) <= height:
         column = Image.new("RGB", (height, lettering.line_height), "white")
-        ImageDraw.Draw(column).text((height / 2, 0), unit, "black", lettering.font, anchor="ma")
+        ImageDraw.Draw(column).text((height / 2, 0), row.unit, "black", lettering.font, anchor="ma")
         images.append(column.transpose(Image.Transpose.ROTATE_90))
     return _join(images, lettering.gap)
 

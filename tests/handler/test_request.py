@@ -30,7 +30,7 @@ from handler.gradients.methods import (
 from handler.images.preparation import Prepare
 from handler.protocol.options import Encoding, Options, Targets
 from handler.protocol.request import Part, ReplyFormat, Request, parse_request, read_correlation_id
-from handler.render.drawing import Colormap, Layout, Polarity, Style
+from handler.render.drawing import Background, Colormap, Layout, Polarity, Style
 
 IMAGE = b"\x89PNG any bytes"
 BASE64 = base64.b64encode(IMAGE).decode()
@@ -191,6 +191,7 @@ OPTION_CASES = [
     pytest.param("clip_percentile", 99.9, Options(style=Style(clip_percentile=99.9)), id="percentile"),
     pytest.param("clip_percentile", 100, Options(style=Style(clip_percentile=100)), id="largest percentile"),
     pytest.param("layout", "side_by_side", Options(style=Style(layout=Layout.SIDE_BY_SIDE)), id="layout"),
+    pytest.param("background", "sent", Options(style=Style(background=Background.SENT)), id="background"),
 ]
 
 
@@ -369,7 +370,7 @@ def test_unknown_option_is_refused_and_the_known_ones_are_named(row: object, hea
     with pytest.raises(
         UnknownOption,
         match="expected one of the options explain, target, method, space, prepare, encoding, pixels, "
-        "size, colormap, polarity, clip_percentile, layout, samples, noise, seed, aggregate, steps, baseline ",
+        "size, colormap, polarity, clip_percentile, layout, background, samples, noise, seed, aggregate, steps, baseline ",
     ):
         parse(row, headers)
 

@@ -4,7 +4,7 @@ import { element } from "./dom.js";
 import { capitalised, plain } from "./words.js";
 
 // What the page itself chooses, or what has no meaning on it.
-const CHOSEN_HERE = new Set(["explain", "target", "encoding", "pixels", "size", "layout"]);
+const CHOSEN_HERE = new Set(["explain", "target", "encoding", "pixels", "size", "layout", "background"]);
 // What the page draws by itself, from the numbers.
 const OFTEN_USED = new Set(["polarity", "colormap"]);
 export const DRAWN_HERE = ["polarity", "colormap", "clip_percentile"];
