@@ -10,7 +10,6 @@ decided by looking at the whole image is rounded, so that small changes of the i
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -20,7 +19,7 @@ from scipy import ndimage
 
 from handler.errors import BlankImage
 from handler.images.framing import MNIST_FRAMING, Framing, has_framing
-from handler.images.ink import Ink, find_ink
+from handler.images.ink import Ink, find_ink, rounded
 from handler.images.pen import MARGIN, draw_strokes, extent
 from handler.images.pieces import require_one_digit
 from handler.images.preparation import Array, ImageWarning, Placement, PreparedImage, leave_unchanged, whole
@@ -31,9 +30,8 @@ CENTRE_SHARE = 14.5 / 28  # where MNIST's makers put the centre of mass: the mid
 CENTRE_STEPS = 4  # the centre of mass is rounded to so many parts of the network's pixel
 DETAILED_INK_SIZE = 110  # pixels: ink that is smaller than this in the working copy is looked at again, closer
 CLOSE_UP_MARGIN = 0.25  # of the ink's size, on each side, when it is looked at closer
-FULL_INK_PERCENTILE = 70  # of the ink's contrasts is full ink, as most of MNIST's ink is
-SATURATED_INK = 0.9  # of full ink: from here on ink is saturated, so that its grain leaves no trace
-GAIN_STEPS = 16  # the stretch is rounded to so many steps an octave
+FULL_INK_PERCENTILE = 95  # of the ink's contrasts is full ink; strokes saturate softly towards it
+SATURATED_INK = 1.0
 OTHER_INK_SHARE = 0.03  # of all ink: more that was left out is worth a warning
 CLOSE_CALL = 0.25  # certainty of the polarity, from 0 to 1: less is worth a warning
 TINY_RANGE = 0.2  # of the grey scale: a narrower range on flat paper is the image's whole range
@@ -166,7 +164,7 @@ def _place(view: View, ink: Ink, levels: _Levels, height: int, width: int, sourc
     usual = float(np.percentile(ink.contrast[ink.mask], FULL_INK_PERCENTILE))
     if usual <= 0:
         raise BlankImage("expected a digit, got an image whose ink is no different from its paper")
-    full = _rounded(usual * SATURATED_INK)
+    full = rounded(usual)
     size = INK_SHARE * min(height, width)
     strokes = draw_strokes(ink.mask, ink.digit.others, ink.contrast, full, size)
     scale = size / extent(strokes.mask)  # pixels of the network's image in one of the working copy
@@ -174,13 +172,15 @@ def _place(view: View, ink: Ink, levels: _Levels, height: int, width: int, sourc
     place_y = _placement(mass.sum(axis=1), np.asarray(strokes.mask.any(axis=1)), scale, height)
     place_x = _placement(mass.sum(axis=0), np.asarray(strokes.mask.any(axis=0)), scale, width)
     placed: Array = np.asarray(place_y.weights @ strokes.intensity @ place_x.weights.T, dtype=np.float32)
-    peak = _rounded(float(placed.max()) * PEAK)
+    peak = rounded(float(placed.max()) * PEAK)
     pixels: Array = np.minimum(placed / np.float32(peak), 1)
-    inner = slice(MARGIN, -MARGIN)
     placement = Placement(
-        place_y.weights[:, inner], place_x.weights[:, inner], strokes.weight[inner, inner], (placed < peak).astype(np.float32)
+        place_y.weights,
+        place_x.weights,
+        strokes.source,
+        strokes.weight,
+        (placed < peak).astype(np.float32),
     )
-
     gain = 1 / (full * peak)
     slope = ink.sign * levels.gain * gain
     offset = pixels - placement.apply(np.float32(ink.sign * gain) * view.working + np.float32(slope * levels.lowest))
@@ -198,11 +198,6 @@ def _place(view: View, ink: Ink, levels: _Levels, height: int, width: int, sourc
     return PreparedImage(
         view.rows, view.columns, slope, offset, pixels, tuple(steps), window, placement, box, round(ink.threshold, 4), source
     )
-
-
-def _rounded(level: float) -> float:
-    """Round a level to steps of equal ratio, so that it does not follow every pixel."""
-    return float(2 ** (round(math.log2(level) * GAIN_STEPS) / GAIN_STEPS))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ Frames, boxes, underlines and rules are found first and filled with paper; see `
 `pieces`. Knows nothing of the network.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from handler.images.preparation import Array
 from handler.images.view import WORKING_SIZE, Box, View
 
 PAPER_WINDOW = 0.4  # of the shorter side: wider than any stroke, narrower than most shadows
+LEVEL_STEPS, WINDOW_STEPS = 16, 4  # an octave: what is found in the whole image is rounded, so as not to follow every pixel
 PAPER_WINDOW_STROKES = 3.0  # widths of the stroke, once that is known: narrower shadows are seen through then
 POLARITY_SIZE = 32  # pixels of the longer side, about, in which polarity is looked for
 POLARITY_WINDOW = 0.6  # of the shorter side: most of what it sees is paper, around bold strokes too
@@ -102,7 +104,7 @@ class _Surface:
         distances = np.abs(difference)
         noise = float(np.partition(distances, int(0.3 * distances.size), axis=None)[int(0.3 * distances.size)]) / 0.385
         count = max(4, difference.size // 400)
-        strongest = float(np.partition(difference, -count, axis=None)[-count:].mean())
+        strongest = rounded(float(np.partition(difference, -count, axis=None)[-count:].mean()))
         return cls(sign, paper, difference, noise, strongest, level is not None)
 
     def require_ink(self) -> None:
@@ -166,12 +168,17 @@ def find_ink(view: View, level: float | None = None) -> Ink:
         surface.require_ink()
     digit = choose_digit(*surface.pieces(magnification))
     if window is not None:
-        narrower = PAPER_WINDOW_STROKES * digit.thickness
+        narrower = rounded(PAPER_WINDOW_STROKES * digit.thickness, WINDOW_STEPS)
         if narrower < window:
             surface = _Surface.of(smooth, sign, narrower, level)
             digit = choose_digit(*surface.pieces(magnification))
     contrast = (sign * working - surface.paper).astype(np.float32)
     return Ink(sign, certainty, contrast, surface.threshold, digit, frames)
+
+
+def rounded(size: float, steps: int = LEVEL_STEPS) -> float:
+    """Round to steps of equal ratio, so many to an octave; what is not above zero stays as it is."""
+    return float(2 ** (round(math.log2(size) * steps) / steps)) if size > 0 else size
 
 
 def _smooth(working: Array) -> Array:

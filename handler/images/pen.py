@@ -8,10 +8,10 @@ from scipy import ndimage
 
 from handler.images.preparation import Array
 
-FINEST_STROKE, BOLDEST_STROKE = 2.5, 4.0  # pixels of the network's image: others are drawn as wide; MNIST's are 2 to 4
+FINEST_STROKE, BOLDEST_STROKE = 2.0, 4.0  # pixels of the network's image; MNIST's are 2 to 4
 RIDGE_SLOPE = 0.6  # of depth into the ink: 0 on a stroke's middle line, 0.7 towards a right-angled corner, 1 elsewhere
 MARGIN = 20  # pixels of the working copy: hair lines at its border are drawn beyond it
-CLEARANCE = 1.5  # pixels of the network's image around the ink that still count as its soft edge
+CLEARANCE = 1.0  # pixels of the network's image around the ink that still count as its soft edge
 CLEAN_SHARE = 0.1  # of full contrast: less is paper, so that neither its grain nor its light leaves a trace
 
 Mask = NDArray[np.bool_]
@@ -23,18 +23,20 @@ class Strokes:
 
     Attributes:
         intensity: float32 (h', w'), in [0, 1], with their soft edges.
+        weight: float32 (h', w'), its derivative by the share of full contrast: 0 where a pixel is saturated or cleaned away.
+        source: intp (h', w'), index of the working copy's pixel whose contrast that is: its own, or one near by where strokes
+            were made bolder or finer.
         mask: bool (h', w'), without the edges.
-        weight: float32 (h', w'), derivative of the intensity by the contrast's share of full contrast: 0 where a pixel is
-            saturated, cleaned away or drawn anew.
     """
 
     intensity: Array
-    mask: Mask
     weight: Array
+    source: NDArray[np.intp]
+    mask: Mask
 
 
 def draw_strokes(mask: Mask, others: Mask, contrast: Array, full: float, size: float) -> Strokes:
-    """Draw the digit with a pen like those of MNIST: hair lines as wide and as dark as its finest, bold strokes peeled.
+    """Draw the digit with a pen like those of MNIST: hair lines as wide as its finest, and dark; bold strokes peeled.
 
     Args:
         mask: bool (h', w'), the digit's ink.
@@ -44,21 +46,62 @@ def draw_strokes(mask: Mask, others: Mask, contrast: Array, full: float, size: f
         size: of the digit in the network's image, in its pixels.
     """
     mask, others = np.pad(mask, MARGIN), np.pad(others, MARGIN)
-    contrast = np.pad(contrast, MARGIN)
+    share = np.pad(contrast, MARGIN) / full
     depth = ndimage.distance_transform_edt(mask)
     slope_y, slope_x = np.gradient(depth)
     middle = mask & ((np.hypot(slope_y, slope_x) < RIDGE_SLOPE) | (depth >= ndimage.maximum_filter(depth, 3)))
     length = extent(middle)  # a stroke of width w ends w / 2 beyond its middle line
     finest, boldest = (width / 2 * length / (size - width) for width in (FINEST_STROKE, BOLDEST_STROKE))
     outside = ndimage.distance_transform_edt(~mask)
-    hair = (ndimage.distance_transform_edt(~middle) < finest) & ~_hearts_of_loops(mask, outside)
-    peel = float(np.median(depth[middle])) - boldest
-    edge = -peel if peel > 0 else max(CLEARANCE * extent(mask) / size, 1)
-    kept = (outside - depth <= edge) & ~others & ~hair
-    share = (contrast / full - CLEAN_SHARE) / (1 - CLEAN_SHARE)
-    intensity = np.where(kept, np.clip(share, 0, 1), hair)
-    weight = np.where(kept & (share > 0) & (share < 1), 1 / (1 - CLEAN_SHARE), 0)
-    return Strokes(intensity.astype(np.float32), hair | (mask & kept), weight.astype(np.float32))
+    edge = max(CLEARANCE * extent(mask) / size, 1)
+    kept = (outside - depth <= edge) & ~others
+    soft, slope = _soft(share)
+    intensity, weight = (np.where(kept, part, 0).astype(np.float32) for part in (soft, slope))
+    height, width = np.shape(contrast)
+    y, x = np.indices(mask.shape, sparse=True)  # the margin is paper, whose weight is 0
+    source = np.clip(y - MARGIN, 0, height - 1) * width + np.clip(x - MARGIN, 0, width - 1)
+    usual = float(np.median(depth[middle])) - 0.5  # half of the stroke's width
+    pixels = max(0, round(finest - usual)) or min(0, round(boldest - usual))
+    if not pixels:
+        return Strokes(intensity, weight, source, mask)
+    origin = _widen(intensity, pixels)
+    drawn = outside <= pixels if pixels > 0 else depth > -pixels
+    if pixels > 0:
+        hearts = _hearts_of_loops(mask, outside)
+        origin = np.where(hearts, np.arange(mask.size).reshape(mask.shape), origin)
+        drawn &= ~hearts
+    return Strokes(intensity.ravel()[origin], weight.ravel()[origin], source.ravel()[origin], drawn)
+
+
+def _widen(intensity: Array, pixels: int) -> NDArray[np.intp]:
+    """Find for each pixel the largest intensity within an octagon around it. Unlike a mask this follows every small change.
+
+    Args:
+        pixels: radius of the octagon; where it is negative, the smallest intensity counts: strokes become finer.
+    Returns:
+        intp (h', w'), its index.
+    """
+    value, origin = (intensity if pixels > 0 else -intensity), np.arange(intensity.size).reshape(intensity.shape)
+    for step in range(abs(pixels)):
+        for axes in ((0,), (1,)) if step % 2 else ((0,), (1,), (0, 1)):
+            for shift in (1, -1):
+                moved = np.roll(value, [shift] * len(axes), axes)
+                wins = moved > value
+                value = np.where(wins, moved, value)
+                origin = np.where(wins, np.roll(origin, [shift] * len(axes), axes), origin)
+    return origin
+
+
+def _soft(share: Array) -> tuple[Array, Array]:
+    """Saturate softly, so that the grain of ink leaves little trace, and its derivative does not vanish.
+
+    Args:
+        share: (h', w'), of full contrast.
+    Returns:
+        the intensity, from 0 at CLEAN_SHARE and below to 1 at 1 and above, and its derivative.
+    """
+    left = np.clip((1 - share) / (1 - CLEAN_SHARE), 0, 1)
+    return 1 - left**2, np.where(left < 1, 2 * left / (1 - CLEAN_SHARE), 0)
 
 
 def _hearts_of_loops(mask: Mask, outside: Array) -> Mask:

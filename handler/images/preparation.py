@@ -10,6 +10,7 @@ in an image. Knows nothing of image files, of HTTP or of TorchServe.
 """
 
 import functools
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -50,28 +51,33 @@ class ImageWarning:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where resampled pixels go among the network's, and which count: target_weight * (rows @ (weight * working) @ columns.T).
+    """Where resampled pixels go among the network's: target_weight * (rows @ (weight * working[source]) @ columns.T).
 
     Attributes:
-        rows: float32 (h, h'), weights along y.
-        columns: float32 (w, w'), along x.
-        weight: float32 (h', w'), share of a resampled pixel's change that goes on: 0 where it is saturated, cleaned away or drawn
-            anew.
+        rows: float32 (h, h''), weights along y, of a drawing that may be larger than what was resampled.
+        columns: float32 (w, w''), along x.
+        source: intp (h'', w''), index of the resampled pixel that decides about one of the drawing: that in its place, or in the
+            middle of the stroke that was thickened.
+        weight: float32 (h'', w''), share of that pixel's change that goes on: 0 where it is saturated or cleaned away.
         target_weight: float32 (h, w), the same of the network's pixels: 0 where one is saturated.
     """
 
     rows: Array
     columns: Array
+    source: NDArray[np.intp]
     weight: Array
     target_weight: Array
 
     def apply(self, working: Array) -> Array:
-        """Place resampled pixels: (..., h', w') -> (..., h, w)."""
-        return np.asarray(self.target_weight * (self.rows @ (self.weight * working) @ self.columns.T), dtype=np.float32)
+        """Place resampled pixels: (h', w') -> (h, w)."""
+        drawn = self.weight * working.ravel()[self.source]
+        return np.asarray(self.target_weight * (self.rows @ drawn @ self.columns.T), dtype=np.float32)
 
-    def pull_back(self, gradient: Array) -> Array:
-        """Take the transpose: (..., h, w) -> (..., h', w')."""
-        return np.asarray(self.weight * (self.rows.T @ (self.target_weight * gradient) @ self.columns), dtype=np.float32)
+    def pull_back(self, gradient: Array, shape: tuple[int, int]) -> Array:
+        """Take the transpose: (h, w) -> resampled pixels of this shape."""
+        drawn = self.weight * (self.rows.T @ (self.target_weight * gradient) @ self.columns)
+        working = np.bincount(self.source.ravel(), drawn.ravel(), math.prod(shape))
+        return np.asarray(working.reshape(shape), dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +139,11 @@ class PreparedImage:
         The chain rule through placement, saturation, cleaning, inversion and resampling. What was decided by looking at the whole
         image (geometry, stretch, the paper's level, which pixels are ink) is treated as constant.
         """
-        working = np.float32(self.slope) * (self.placement.pull_back(gradient) if self.placement else gradient)  # (..., h', w')
-        maps = np.empty((*working.shape[:-2], self.rows.shape[1], self.columns.shape[1]), dtype=np.float32)
-        for index in np.ndindex(working.shape[:-2]):
-            maps[index] = resample_both(self.rows.T, working[index], self.columns.T)
+        maps = np.empty((*gradient.shape[:-2], self.rows.shape[1], self.columns.shape[1]), dtype=np.float32)
+        for index in np.ndindex(gradient.shape[:-2]):
+            shape = (self.rows.shape[0], self.columns.shape[0])
+            working = self.placement.pull_back(gradient[index], shape) if self.placement else gradient[index]  # (h', w')
+            maps[index] = np.float32(self.slope) * resample_both(self.rows.T, working, self.columns.T)
         return maps
 
 

@@ -40,8 +40,9 @@ def exactly_applied(preparation: PreparedImage, images: torch.Tensor) -> torch.T
             *(placement.rows, placement.columns, placement.weight, placement.target_weight),
         )
     )
-    working = weight * preparation.slope * (rows @ images @ columns.T)
-    return target_weight * (inner_rows @ working @ inner_columns.T) + offset
+    working = preparation.slope * (rows @ images @ columns.T)
+    drawn = weight * working.flatten(-2)[..., torch.from_numpy(placement.source)]
+    return target_weight * (inner_rows @ drawn @ inner_columns.T) + offset
 
 
 def read(network: nn.Module, preparation: PreparedImage) -> int:
