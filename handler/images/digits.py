@@ -35,6 +35,7 @@ SATURATED_INK = 1.0
 OTHER_INK_SHARE = 0.03  # of all ink: more that was left out is worth a warning
 CLOSE_CALL = 0.25  # certainty of the polarity, from 0 to 1: less is worth a warning
 TINY_RANGE = 0.2  # of the grey scale: a narrower range on flat paper is the image's whole range
+STRETCH_STEPS = 12  # an octave, to which the stretch is rounded
 PEAK = 0.97  # of the brightest of the network's pixels becomes 1
 SAMPLED_PIXELS = 64  # a side, of the grid in which the paper's level is looked for
 
@@ -164,7 +165,7 @@ def _place(view: View, ink: Ink, levels: _Levels, height: int, width: int, sourc
     usual = float(np.percentile(ink.contrast[ink.mask], FULL_INK_PERCENTILE))
     if usual <= 0:
         raise BlankImage("expected a digit, got an image whose ink is no different from its paper")
-    full = rounded(usual)
+    full = rounded(usual, STRETCH_STEPS)
     size = INK_SHARE * min(height, width)
     strokes = draw_strokes(ink.mask, ink.digit.others, ink.contrast, full, size)
     scale = size / extent(strokes.mask)  # pixels of the network's image in one of the working copy
@@ -172,7 +173,7 @@ def _place(view: View, ink: Ink, levels: _Levels, height: int, width: int, sourc
     place_y = _placement(mass.sum(axis=1), np.asarray(strokes.mask.any(axis=1)), scale, height)
     place_x = _placement(mass.sum(axis=0), np.asarray(strokes.mask.any(axis=0)), scale, width)
     placed: Array = np.asarray(place_y.weights @ strokes.intensity @ place_x.weights.T, dtype=np.float32)
-    peak = rounded(float(placed.max()) * PEAK)
+    peak = rounded(float(placed.max()) * PEAK, STRETCH_STEPS)
     pixels: Array = np.minimum(placed / np.float32(peak), 1)
     placement = Placement(
         place_y.weights,
