@@ -193,8 +193,9 @@ def _place(view: View, ink: Ink, levels: _Levels, height: int, width: int, sourc
     if ink.sign < 0:
         steps.append("inverted")
     steps.append(f"scaled its {right - left:.0f}x{bottom - top:.0f} pixels to {size:.0f}")
-    steps += ["centred by its mass", f"stretched its contrast by {gain:.2f}"]
     window = view.to_image((place_x.start, place_y.start, place_x.stop, place_y.stop))
+    edges = ", ".join(f"{edge:.2f}" for edge in window)
+    steps += [f"centred by its mass, in the window {edges}", f"stretched its contrast by {gain:.2f}"]
     box = (int(np.floor(left)), int(np.floor(top)), int(np.ceil(right)), int(np.ceil(bottom)))
     return PreparedImage(
         view.rows, view.columns, slope, offset, pixels, tuple(steps), window, placement, box, round(ink.threshold, 4), source

@@ -13,6 +13,7 @@ RIDGE_SLOPE = 0.6  # of depth into the ink: 0 on a stroke's middle line, 0.7 tow
 MARGIN = 20  # pixels of the working copy: hair lines at its border are drawn beyond it
 CLEARANCE = 1.0  # pixels of the network's image around the ink that still count as its soft edge
 CLEAN_SHARE = 0.1  # of full contrast: less is paper, so that neither its grain nor its light leaves a trace
+STEEPEST_SHARE = 0.3  # of full contrast, where the intensity rises most; from there on it saturates softly
 
 Mask = NDArray[np.bool_]
 
@@ -93,15 +94,17 @@ def _widen(intensity: Array, pixels: int) -> NDArray[np.intp]:
 
 
 def _soft(share: Array) -> tuple[Array, Array]:
-    """Saturate softly, so that the grain of ink leaves little trace, and its derivative does not vanish.
+    """Clean and saturate without a kink: a small change of grey then does what the derivative says.
 
     Args:
         share: (h', w'), of full contrast.
     Returns:
-        the intensity, from 0 at CLEAN_SHARE and below to 1 at 1 and above, and its derivative.
+        the intensity, from 0 at CLEAN_SHARE and below to 1 at full contrast and above, in two parabolas, and its derivative.
     """
-    left = np.clip((1 - share) / (1 - CLEAN_SHARE), 0, 1)
-    return 1 - left**2, np.where(left < 1, 2 * left / (1 - CLEAN_SHARE), 0)
+    width, rise, fall = 1 - CLEAN_SHARE, STEEPEST_SHARE - CLEAN_SHARE, 1 - STEEPEST_SHARE
+    below, above = np.clip(share - CLEAN_SHARE, 0, rise), np.clip(1 - share, 0, fall)
+    intensity = np.where(share < STEEPEST_SHARE, below**2 / (rise * width), 1 - above**2 / (fall * width))
+    return intensity, 2 / width * np.minimum(below / rise, above / fall)
 
 
 def _hearts_of_loops(mask: Mask, outside: Array) -> Mask:
