@@ -34,7 +34,7 @@ REPLY_HEADERS = (
 )
 BINARY_TYPE = "application/octet-stream"
 BINARY_HEADER = "Inference-Header-Content-Length"
-TREATED_AS_CONSTANT = "geometry, stretch, the paper's level, which pixels are ink"  # while the image's own grey levels vary
+TREATED_AS_CONSTANT = "geometry, threshold, stretch, the paper's level, which pixels are ink"  # while grey levels vary
 
 
 @dataclass(frozen=True, slots=True)
