@@ -22,6 +22,7 @@ from handler.images.arrays import NPY_MAGIC, Decoded, Tensor, decode_npy, decode
 from handler.images.budget import UNCOUNTED_BYTES, DecodingBudget, Stopwatch
 from handler.images.decode import DecodedImage, decode_image
 from handler.images.digits import prepare_digit
+from handler.images.framing import MNIST_FRAMING, Framing
 from handler.images.preparation import Prepare, PreparedImage, scale_image
 from handler.images.structure import read_structure
 from handler.images.thumbnail import Thumbnail
@@ -70,13 +71,16 @@ class PreparedRequest:
     listed: bool
 
 
-def preprocess(request: Request, height: int, width: int, *, has_mean: bool = True) -> PreparedRequest:
+def preprocess(
+    request: Request, height: int, width: int, *, has_mean: bool = True, framing: Framing = MNIST_FRAMING
+) -> PreparedRequest:
     """Decode all images of a request and prepare them.
 
     Args:
         request: as it was read.
         height, width: of the network's input.
         has_mean: whether the network says the mean of its pixels, which some methods need.
+        framing: of the network's training set; images that have it are not prepared.
     Raises:
         ClientError: an image is bad; where there are several, one error names all bad ones.
         InvalidOption: a method needs the mean, and there is none.
@@ -84,7 +88,7 @@ def preprocess(request: Request, height: int, width: int, *, has_mean: bool = Tr
             take more than MAX_GRADIENTS, or maps of too many pixels.
     """
     try:
-        return _preprocess(request, height, width, has_mean=has_mean)
+        return _preprocess(request, height, width, has_mean=has_mean, framing=framing)
     except ServiceError as error:
         error.as_text = request.infer is not None
         raise
@@ -133,7 +137,7 @@ def _count_numbers(payload: Payload) -> int:
     return count
 
 
-def _preprocess(request: Request, height: int, width: int, *, has_mean: bool) -> PreparedRequest:
+def _preprocess(request: Request, height: int, width: int, *, has_mean: bool, framing: Framing) -> PreparedRequest:
     stopwatch = Stopwatch()
     budget = DecodingBudget()
     decoded, options, listed = _decode_all(request, budget, height, width)
@@ -145,7 +149,7 @@ def _preprocess(request: Request, height: int, width: int, *, has_mean: bool) ->
     prepared_count = 0
     for index, (one, asked) in enumerate(zip(decoded, options, strict=True)):
         try:
-            image = _prepare(one, asked, height, width)
+            image = _prepare(one, asked, height, width, framing)
         except ClientError as error:
             errors[index] = error
             prepared_count += isinstance(error, BlankImage)
@@ -255,12 +259,14 @@ def _decode_one(payload: Payload, budget: DecodingBudget, height: int, width: in
     return decoded[0]
 
 
-def _prepare(decoded: Decoded, asked: Options, height: int, width: int) -> PreparedImage:
+def _prepare(decoded: Decoded, asked: Options, height: int, width: int, framing: Framing) -> PreparedImage:
     """Prepare one image as it was asked for. Maps in its own pixels need these."""
     if isinstance(decoded, ClientError):
         raise decoded
-    prepare = scale_image if asked.prepare is Prepare.NONE else prepare_digit
-    image = prepare(decoded.grey, height, width, decoded.source)
+    if asked.prepare is Prepare.NONE:
+        image = scale_image(decoded.grey, height, width, decoded.source)
+    else:
+        image = prepare_digit(decoded.grey, height, width, decoded.source, framing)
     if asked.explain and asked.style.background is Background.SENT and asked.space is Space.CANONICAL:
         image = replace(image, thumbnail=Thumbnail.of(decoded.grey, image.window, asked.style.size))
     if decoded.reduction > 1 and image.ink_box is not None:  # back to the pixels of the file

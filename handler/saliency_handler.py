@@ -27,6 +27,7 @@ from handler.gradients.cuda_graphs import record
 from handler.gradients.explain import Explanation, compute_exactly, freeze, predict_and_explain
 from handler.images.budget import Stopwatch
 from handler.images.decoder_process import DECODER_PROCESS
+from handler.images.framing import Framing
 from handler.images.preparation import ImageWarning, PreparedImage
 from handler.limits import MAX_BATCH_SECONDS, MAX_FORWARD_IMAGES, MAX_GRADIENTS
 from handler.preprocess import PreparedRequest, estimate_seconds, preprocess
@@ -58,6 +59,7 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
 
         Raises:
             ArchiveError: a file of the archive is missing, damaged or does not match the others.
+            ValueError: a setting of the framing is wrong.
         """
         settings = (context.model_yaml_config or {}).get("handler", {})
         properties = context.system_properties
@@ -82,6 +84,7 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         self.class_count = cast(int, network.CLASS_COUNT)
         self.class_names = read_class_names(model_dir, self.class_count)
         self.mean_pixel = mean_pixel_of(network, self.input_shape[0])
+        self.framing = Framing.from_settings(settings.get("framing"))
         self.calibration = read_calibration(model_dir)
         self.model_description = {
             "name": context.model_name,
@@ -208,7 +211,7 @@ class SaliencyHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         try:
             share.admit(seconds)
             _, height, width = self.input_shape
-            return preprocess(request, height, width, has_mean=self.mean_pixel is not None)
+            return preprocess(request, height, width, has_mean=self.mean_pixel is not None, framing=self.framing)
         except Exception as error:  # noqa: BLE001  # a defect must not cost the row's neighbours their answers
             return _service_error(error)
 

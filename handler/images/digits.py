@@ -77,15 +77,17 @@ def prepare_digit(
     line_count = max(seen.frames.line_count if seen.frames else 0 for seen in (overview, ink))
     prepared = _place(view, ink, levels, height, width, source)
     if line_count:
-        prepared = replace(prepared, steps=(f"removed {line_count} lines that are no strokes", *prepared.steps))
+        removed = "a line that is no stroke" if line_count == 1 else f"{line_count} lines that are no strokes"
+        prepared = replace(prepared, steps=(f"removed {removed}", *prepared.steps))
     return replace(prepared, warnings=tuple(_warnings(prepared, grey, overview, ink, line_count)))
 
 
 def _warnings(prepared: PreparedImage, grey: Array, overview: Ink, ink: Ink, line_count: int) -> Iterator[ImageWarning]:
     """Say what may make the answer wrong."""
     if line_count:
+        lines, were = ("a line", "it was") if line_count == 1 else (f"{line_count} lines", "they were")
         yield ImageWarning(
-            "FrameRemoved", f"expected a digit alone, got {line_count} lines of a frame, a box or ruled paper: they were removed"
+            "FrameRemoved", f"expected a digit alone, got {lines} of a frame, a box or ruled paper: {were} removed"
         )
     if overview.digit.other_share >= OTHER_INK_SHARE:
         yield ImageWarning(

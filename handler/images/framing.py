@@ -7,7 +7,6 @@ image is prepared.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,20 +43,29 @@ class Framing:
     least_maximum: float = 0.9
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> "Framing":
-        """Make a framing of an archive's settings: some of the attributes by name, MNIST's for the others.
+    def from_settings(cls, settings: object) -> "Framing":
+        """Make a framing of an archive's settings: some of the attributes by name, MNIST's for the others, or for all with None.
 
         Raises:
-            ValueError: a name is no attribute, or a value no number above zero.
+            ValueError: a name is no attribute, a value no number above zero, or no ink can have the size.
         """
+        if settings is None:
+            return cls()
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"expected settings of a framing by name, got {settings!r}")  # a value of a setting
         names = {field.name: field.type for field in fields(cls)}
         for name, value in settings.items():
             if name not in names:
                 raise ValueError(f"expected settings of a framing among {', '.join(names)}, got {name!r}")
             accepted = (int,) if names[name] is int else (int, float)
-            if isinstance(value, bool) or not isinstance(value, accepted) or not value > 0:
+            if isinstance(value, bool) or not isinstance(value, accepted) or not 0 < value < float("inf"):
                 raise ValueError(f"expected a number above zero as {name} of a framing, got {value!r}")
-        return cls(**settings)
+        framing = cls(**settings)
+        if framing.shortest_ink > framing.longest_ink:
+            raise ValueError(
+                f"expected shortest_ink of a framing up to its longest_ink, {framing.longest_ink}, got {framing.shortest_ink}"
+            )
+        return framing
 
 
 MNIST_FRAMING = Framing()

@@ -86,10 +86,11 @@ def stock_model_store(store: Path, settings: Settings, archive: bytes, unpacked:
         opened.extractall(unpacked)
     verify_files(unpacked)
     entries = read_archive(io.BytesIO(archive))
+    config = yaml.safe_load(entries[MODEL_CONFIG.name]) | {"deviceType": "cpu"}
     if is_on_gpu(settings.device):
+        framing = config.get("handler", {}).get("framing")  # the network's, whatever it runs on
         config = read_model_config("gpu")
-    else:
-        config = yaml.safe_load(entries[MODEL_CONFIG.name]) | {"deviceType": "cpu"}
+        config["handler"]["framing"] = framing
     config |= settings.model_config
     entries[MODEL_CONFIG.name] = yaml.safe_dump(config).encode()
     write_archive(store / f"{settings.archive.stem}.mar", entries)

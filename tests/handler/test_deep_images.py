@@ -1,17 +1,22 @@
 """Images of more than 8 bits a pixel, with transparency, or with several frames: read right, in every depth and byte order."""
 
 import struct
+import time
 from io import BytesIO
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
 from handler.errors import ImageTooLarge
 from handler.images.decode import decode_image
+from handler.images.decoder_process import DECODER_PROCESS
 from handler.limits import MAX_JPEG_PIXELS
+from handler.preprocess import preprocess
+from handler.protocol.request import parse_request
 from scripts.paths import SAMPLE_IMAGE
 
 DIGIT = np.kron(np.asarray(Image.open(SAMPLE_IMAGE), dtype=np.float64) / 255, np.ones((3, 3)))  # (84, 84), intensity in [0, 1]
@@ -107,6 +112,24 @@ def test_page_of_600_dpi_is_decoded_smaller() -> None:
     assert decoded.grey.shape == (3507, 2481)
     assert decoded.grey[1500, 800] < 0.1
     assert decoded.grey[3000, 2000] > 0.9
+
+
+def test_digit_on_a_page_of_600_dpi_takes_little_processor_time() -> None:
+    """Both processes together took 0.15 s when this was written; the limit leaves ample room for any machine."""
+    content = page(4962, 7014)
+    DECODER_PROCESS.start()
+    assert DECODER_PROCESS.pid is not None
+    decoder = psutil.Process(DECODER_PROCESS.pid)
+
+    def processor_seconds() -> float:
+        times = decoder.cpu_times()
+        return time.process_time() + times.user + times.system
+
+    started = processor_seconds()
+    request = parse_request({"data": bytearray(content)}, {"explain": "True"}, 10)
+    (prepared,) = preprocess(request, 28, 28).images
+    assert processor_seconds() - started < 4
+    assert prepared.ink_box == pytest.approx((4962 // 4, 7014 // 4, 4962 // 2, 7014 // 2), abs=30)
 
 
 def test_jpeg_beyond_the_limit_is_refused_by_its_header() -> None:

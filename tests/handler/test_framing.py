@@ -1,5 +1,6 @@
 """What has the framing of the training set goes to the network bit for bit; everything else is prepared, and read rightly."""
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
@@ -17,7 +19,7 @@ from handler.errors import BlankImage
 from handler.images.digits import prepare_digit
 from handler.images.framing import MNIST_FRAMING, Framing, has_framing, have_framing
 from model.data import load_mnist
-from scripts.paths import DATA_DIR, SAMPLE_FILES
+from scripts.paths import DATA_DIR, ROOT, SAMPLE_FILES
 from tests.conftest import label_of
 
 Grey = NDArray[Any]
@@ -129,11 +131,21 @@ def test_one_image_and_a_batch_are_judged_alike(digit_pixels: Grey) -> None:
 
 
 def test_framing_is_read_from_settings() -> None:
-    assert Framing.from_settings({}) == MNIST_FRAMING
+    assert Framing.from_settings({}) == Framing.from_settings(None) == MNIST_FRAMING
     assert Framing.from_settings({"shortest_ink": 10}).shortest_ink == 10
-    for settings in ({"size": 3}, {"height": "28"}, {"farthest_centre": 0}, {"longest_ink": True}):
+    wrong: tuple[object, ...] = (
+        *({"size": 3}, {"height": "28"}, {"farthest_centre": 0}, {"longest_ink": True}, {"shortest_ink": 25}),
+        *({"ink_level": float("nan")}, {"centre_x": float("inf")}, {14.5: 14.5}, [17, 21], 28),
+    )
+    for settings in wrong:
         with pytest.raises(ValueError, match=r"expected .* of a framing"):
             Framing.from_settings(settings)
+
+
+@pytest.mark.parametrize("name", ["model-config.yaml", "model-config-gpu.yaml"])
+def test_archives_say_the_framing_of_mnist_in_full(name: str) -> None:
+    settings = yaml.safe_load((ROOT / "serve_config" / name).read_text())["handler"]["framing"]
+    assert settings == dataclasses.asdict(MNIST_FRAMING)
 
 
 @pytest.mark.skipif(not (MNIST / "MNIST" / "raw").is_dir(), reason="MNIST is not at hand: set DATA_DIR")

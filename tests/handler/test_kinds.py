@@ -45,6 +45,23 @@ def test_digit_is_read_without_its_frame_or_underline_and_the_reply_says_so(netw
         assert preparation.steps[0].startswith("removed ")
 
 
+@pytest.mark.parametrize(
+    ("name", "step", "warning"),
+    [
+        (
+            "underlined 4 px, gap 8, whole width",
+            "removed a line that is no stroke",
+            "got a line of a frame, a box or ruled paper: it was",
+        ),
+    ],
+)
+def test_lines_are_counted_in_words_that_fit(name: str, step: str, warning: str) -> None:
+    for preparation, _ in prepared(KINDS[name]):
+        assert preparation.steps[0] == step
+        (message,) = (one.message for one in preparation.warnings if one.type == "FrameRemoved")
+        assert warning in message
+
+
 @pytest.mark.parametrize("name", names("frame", "line", photographed=True))
 def test_digit_on_a_photograph_is_read_without_its_frame_or_underline(network: nn.Module, name: str) -> None:
     pairs = prepared(KINDS[name])

@@ -374,6 +374,26 @@ def test_worker_settings_are_applied(unpack: Callable[[], Path]) -> None:
         threadpool_limits(threads, user_api="blas")
 
 
+@pytest.mark.parametrize(("settings", "is_prepared"), [({}, True), ({"framing": {"shortest_ink": 9}}, False)])
+def test_framing_of_the_settings_decides_what_is_prepared(
+    unpack: Callable[[], Path], tmp_path: Path, settings: dict[str, Any], is_prepared: bool
+) -> None:
+    """A bar of 11 pixels: too short for MNIST's framing."""
+    saliency_handler = SaliencyHandler()
+    saliency_handler.initialize(context_for(unpack(), {"handler": settings}))
+    levels = np.zeros((28, 28), np.uint8)
+    levels[9:20, 13:16] = 255
+    ((status, _, body),) = answer(saliency_handler, [({"body": {"data": levels.tolist()}}, {})], tmp_path / "unpacked")
+    assert status == 200
+    assert bool(json.loads(body)["preparation"]["steps"]) == is_prepared
+
+
+@pytest.mark.parametrize("framing", [{"longest": 21}, {"longest_ink": "21"}, [17, 21]], ids=["name", "value", "no mapping"])
+def test_wrong_framing_of_the_settings_ends_the_start(unpack: Callable[[], Path], framing: object) -> None:
+    with pytest.raises(ValueError, match=r"expected .* of a framing"):
+        SaliencyHandler().initialize(context_for(unpack(), {"handler": {"framing": framing}}))
+
+
 LOAD_IN_A_WORKER = """
 import json, sys, torch
 from ts.model_loader import ModelLoaderFactory
