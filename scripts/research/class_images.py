@@ -3,9 +3,9 @@
     python -m scripts.research.class_images --data-dir build/data
 
 Simonyan, Vedaldi and Zisserman, arXiv 1312.6034, section 2: the image I that maximises S_c(I) - lambda ||I||^2, found by
-gradient ascent from the zero image, where I is counted from the training images' mean. There is no other prior, so the image need
-not look like a pen's stroke: it may go below black, and show several strokes at once. Prints each class's score beside the mean
-score of real digits.
+gradient ascent, where I is counted from the training images' mean. The ascent starts at a little noise: at the zero image itself,
+a flat grey, the network has no slope. There is no other prior, so the image need not look like a pen's stroke: it may go below
+black, and show several strokes at once. Prints each class's score beside the mean score of real digits.
 """
 
 import argparse
@@ -27,9 +27,10 @@ from scripts.command_line import HelpFormatter
 from scripts.network import load_committed_network
 from scripts.paths import BUILD, DATA_DIR, WEIGHTS_FILE
 
-REGULARISATION = 0.4  # lambda, logit per squared intensity: so that made images have about the norm of real digits
+REGULARISATION = 0.8  # lambda, logit per squared intensity: so that made images have about the norm of real digits
 STEPS = 500
 STEP_SHARE = 0.05  # of the way to where the gradient at hand would be balanced by the regularisation
+START_NOISE = 0.1  # standard deviation of the image that the ascent starts at, in intensity
 BATCH_SIZE = 256
 PANELS_A_ROW = 5
 
@@ -42,13 +43,13 @@ def make_class_images(
     Args:
         network: frozen.
         class_count: of the network.
-        start: float (C, H, W), the image that the ascent starts at, and that norms are counted from.
+        start: float (C, H, W), the image around which the ascent starts, and that norms are counted from.
         regularisation: lambda, above 0, in logit per squared intensity.
         steps: of the ascent.
     Returns:
         float (class_count, C, H, W), the images less `start`.
     """
-    made = torch.zeros(class_count, *start.shape)
+    made = START_NOISE * torch.randn(class_count, *start.shape, generator=torch.Generator().manual_seed(0))
     targets = [(target,) for target in range(class_count)]
     for _ in tqdm(range(steps), desc="ascent", unit="step", disable=None):
         _, explanations = predict_and_explain(network, start + made, targets)
