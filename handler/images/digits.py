@@ -170,8 +170,10 @@ def _place(view: View, ink: Ink, levels: _Levels, height: int, width: int, sourc
     full = rounded(usual, STRETCH_STEPS)
     size = INK_SHARE * min(height, width)
     strokes = draw_strokes(ink.mask, ink.digit.others, ink.contrast, full, size)
-    scale = size / extent(strokes.mask)  # pixels of the network's image in one of the working copy
     mass = np.where(strokes.mask, strokes.intensity, 0)
+    if not mass.any():
+        raise BlankImage("expected a digit's strokes, got ink of specks and holes that leaves none")
+    scale = size / extent(strokes.mask)  # pixels of the network's image in one of the working copy
     place_y = _placement(mass.sum(axis=1), np.asarray(strokes.mask.any(axis=1)), scale, height)
     place_x = _placement(mass.sum(axis=0), np.asarray(strokes.mask.any(axis=0)), scale, width)
     placed: Array = np.asarray(place_y.weights @ strokes.intensity @ place_x.weights.T, dtype=np.float32)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from scipy import ndimage
 from torch import nn
 
-from handler.errors import BlankImage
+from handler.errors import BlankImage, SeveralDigits
 from handler.gradients.explain import predict_and_explain
 from handler.images.decode import decode_image
 from handler.images.digits import prepare_digit
@@ -306,3 +307,18 @@ def test_window_of_an_image_that_is_only_scaled_is_the_whole_of_it() -> None:
     assert scale_image(np.zeros((56, 140), np.float32), 28, 28).window == (0, 0, 140, 56)
     assert leave_unchanged(np.zeros((28, 28), np.float32)).window == (0, 0, 28, 28)
     assert scale_image(np.zeros((7, 5), np.float32), 28, 28).window == pytest.approx((0, 0, 5, 7), abs=0.5)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_texture_is_read_or_refused(seed: int) -> None:
+    """Grain, blots and lattices of any size: finite pixels, or an error that says why; never a division by no ink."""
+    random = np.random.default_rng(seed)
+    height, width = random.integers(1, 200, 2)
+    level = ndimage.gaussian_filter(random.random((height, width)), random.choice([0, 0, 1, 3]))
+    grey = (level > random.random((height, width))) if seed % 2 else np.round(level * random.integers(1, 6)) / 6
+    try:
+        prepared = prepare_digit(grey.astype(np.float32), 28, 28)
+    except (BlankImage, SeveralDigits):
+        return
+    assert np.isfinite(prepared.pixels).all()
+    assert 0 <= prepared.pixels.min() <= prepared.pixels.max() <= 1
