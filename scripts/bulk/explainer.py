@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,7 +24,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from scripts.bulk.errors import BulkError, ImageProblem, Stopped
-from scripts.bulk.explainer_process import join_batch
+from scripts.bulk.explainer_process import join_batch, receive_message, send_message
 
 PROGRAM = Path(__file__).with_name("explainer_process.py")
 START_TIMEOUT_S = 180  # importing torch from a cold disk, and starting CUDA, take most of them
@@ -94,7 +94,7 @@ class Explainer:
         self._process.kill()
         self._process.wait()
         with contextlib.suppress(OSError):
-            self._connection.close()
+            self._channel.close()
 
     def stop(self) -> None:
         """End the process from another thread; whoever waits for its answer gets a Stopped."""
@@ -181,24 +181,24 @@ class Explainer:
         contents = _contents_of(group)
         if contents:
             try:
-                self._connection.send_bytes(join_batch(contents, self._batch_size))
+                send_message(self._channel, join_batch(contents, self._batch_size))
             except OSError:  # it is gone; or it takes nothing, and must not be waited for
                 self._process.kill()
 
     def _receive(self, image_count: int) -> pa.RecordBatch:
         limit = self.description.timeout_s * -(-image_count // self._batch_size)
         try:
-            if not self._connection.poll(limit):
+            if not wait([self._channel], limit):
                 self._process.kill()
                 raise _ProcessEnded(
                     ImageProblem("ProcessTimeout", f"expected an answer within {limit:.0f} s, got none: the process was ended")
                 )
-            content = self._connection.recv_bytes()
+            content = receive_message(self._channel)
         except (EOFError, OSError) as error:
             raise _ProcessEnded(
                 ImageProblem("ProcessDied", f"expected an answer, got a process that ended {_how_it_ended(self._process.wait())}")
             ) from error
-        return pa.ipc.open_stream(content).read_next_batch()
+        return pa.ipc.read_record_batch(content, self.description.schema)
 
     def _restart(self) -> None:
         """Start the process anew.
@@ -243,7 +243,7 @@ class Explainer:
             )
         timeout = struct.pack("ll", SEND_TIMEOUT_S, 0)
         here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)  # a process that hangs takes no more
-        self._connection = Connection(here.detach())
+        self._channel = here
         try:
             return self._read_description()
         except BaseException:
@@ -253,9 +253,9 @@ class Explainer:
     def _read_description(self) -> Description:
         """Wait until the process has loaded the archive, and says what it gives."""
         try:
-            if not self._connection.poll(START_TIMEOUT_S):
+            if not wait([self._channel], START_TIMEOUT_S):
                 raise _NotLoaded(f"the archive was not loaded within {START_TIMEOUT_S} s; see {self._log_file}")
-            content: dict[str, Any] = json.loads(self._connection.recv_bytes())
+            content: dict[str, Any] = json.loads(receive_message(self._channel).to_pybytes())
         except (EOFError, OSError) as error:
             ended = _how_it_ended(self._process.wait())
             raise _NotLoaded(f"the archive cannot be loaded; its process ended {ended}:\n{self._log_tail()}") from error

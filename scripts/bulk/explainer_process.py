@@ -6,7 +6,7 @@ A decoder that crashes, hangs or takes all memory ends this process alone; `expl
 socket FD, and starts it anew. Sees nothing of the repo: handler, weights and settings are the archive's.
 
 Messages out: first JSON, what the archive and the options give (`explainer.Description`) or `{"error": ...}`; then, for each
-batch, its answers as an Arrow IPC stream of one record batch. Messages in: batches of image files, see `split_batch`.
+batch, its answers as an Arrow IPC message of one record batch. Messages in: batches of image files, see `split_batch`.
 """
 
 import base64
@@ -16,11 +16,12 @@ import json
 import os
 import queue
 import signal
+import socket
 import struct
 import sys
 import threading
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
+from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ WARNINGS_TYPE = pa.list_(pa.struct([("type", pa.string()), ("message", pa.string
 
 def main() -> None:
     """Answer batches until the other end closes the socket."""
-    model_dir, connection = Path(sys.argv[1]).resolve(), Connection(int(sys.argv[2]))
+    model_dir, channel = Path(sys.argv[1]).resolve(), socket.socket(fileno=int(sys.argv[2]))
     headers: dict[str, str] = json.loads(sys.argv[3])
     gpu = int(sys.argv[4]) if len(sys.argv) > 4 else None
     _end_with_parent()
@@ -49,7 +50,7 @@ def main() -> None:
     try:
         columns = Columns(handler, headers, model_dir)
     except Refused as error:
-        connection.send_bytes(json.dumps({"error": str(error)}).encode())
+        send_message(channel, json.dumps({"error": str(error)}).encode())
         return
     schema = columns.record_batch([]).schema
     description = {
@@ -58,10 +59,10 @@ def main() -> None:
         "batch_size": settings.get("batchSize", 1),
         "timeout_s": settings.get("responseTimeout", 120),  # TorchServe's own default
     }
-    connection.send_bytes(json.dumps(description).encode())
+    send_message(channel, json.dumps(description).encode())
 
-    batches: queue.Queue[bytes] = queue.Queue(AHEAD)
-    threading.Thread(target=_receive, args=(connection, batches), daemon=True).start()
+    batches: queue.Queue[pa.Buffer] = queue.Queue(AHEAD)
+    threading.Thread(target=_receive, args=(channel, batches), daemon=True).start()
     while True:
         contents, batch_size = split_batch(batches.get())
         rows = [{"data": content} for content in contents]
@@ -72,11 +73,7 @@ def main() -> None:
         for index, answer in enumerate(answers):
             if not isinstance(answer, list) and answer.status >= 500:  # perhaps only too much beside the others
                 (answers[index],) = handler.results_of([rows[index]], [headers])
-        record_batch = columns.record_batch(answers)
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, record_batch.schema) as stream:
-            stream.write_batch(record_batch)
-        connection.send_bytes(sink.getvalue())
+        send_message(channel, columns.record_batch(answers).serialize())
 
 
 def load_handler(model_dir: Path, gpu: int | None) -> tuple[Any, dict[str, Any]]:
@@ -102,30 +99,56 @@ def _end_with_parent() -> None:
         Path("/proc/self/oom_score_adj").write_text(KILL_THIS_FIRST)
 
 
-def _receive(connection: Connection, batches: "queue.Queue[bytes]") -> None:
+def _receive(channel: socket.socket, batches: "queue.Queue[pa.Buffer]") -> None:
     """Take batches off the socket while others are answered."""
     while True:
         try:
-            batches.put(connection.recv_bytes())
+            batches.put(receive_message(channel))
         except (EOFError, OSError):
             os._exit(0)  # whoever asked is gone, and so is all reason to finish
 
 
+def send_message(channel: socket.socket, message: bytes | pa.Buffer) -> None:
+    """Send a message behind its length. Raises OSError."""
+    channel.sendall(LENGTH.pack(len(message)))
+    channel.sendall(message)
+
+
+def receive_message(channel: socket.socket) -> pa.Buffer:
+    """Wait for a message, into memory that Arrow keeps for the next one: the system would give so much anew page by page.
+
+    Raises:
+        EOFError: the other end has closed.
+        OSError: it is gone.
+    """
+    (length,) = LENGTH.unpack(_receive_exactly(channel, LENGTH.size))
+    return _receive_exactly(channel, length)
+
+
+def _receive_exactly(channel: socket.socket, size: int) -> pa.Buffer:
+    buffer = pa.allocate_buffer(size)
+    left = memoryview(buffer)
+    while left:
+        count = channel.recv_into(left, 0, socket.MSG_WAITALL)
+        if not count:
+            raise EOFError
+        left = left[count:]
+    return buffer
+
+
 def join_batch(contents: Sequence[bytes], batch_size: int) -> bytes:
     """Make a message of image files: how many, how many to answer at once, the length of each, then all of them."""
-    return b"".join([COUNTS.pack(len(contents), batch_size), *(LENGTH.pack(len(content)) for content in contents), *contents])
+    lengths = struct.pack(f"<{len(contents)}Q", *map(len, contents))
+    return b"".join([COUNTS.pack(len(contents), batch_size), lengths, *contents])
 
 
-def split_batch(message: bytes) -> tuple[list[bytes], int]:
+def split_batch(message: pa.Buffer) -> tuple[list[bytes], int]:
     """Undo `join_batch`."""
     count, batch_size = COUNTS.unpack_from(message)
-    end = COUNTS.size + count * LENGTH.size
-    contents = []
-    for index in range(count):
-        (length,) = LENGTH.unpack_from(message, COUNTS.size + index * LENGTH.size)
-        contents.append(message[end : end + length])
-        end += length
-    return contents, batch_size
+    lengths = struct.unpack_from(f"<{count}Q", message, COUNTS.size)
+    ends = list(accumulate(lengths, initial=len(message) - sum(lengths)))
+    view = memoryview(message)
+    return [bytes(view[start:end]) for start, end in pairwise(ends)], batch_size
 
 
 class Refused(ValueError):
@@ -172,10 +195,12 @@ class Columns:
         results = [answer[0] if error is None else None for answer, error in zip(answers, errors, strict=True)]
         missing = np.array([result is None for result in results], dtype=bool)
         good = [result for result in results if result is not None]
-        classes = [None if result is None else result.digit for result in results]
+        classes = np.zeros(len(missing), np.int32)
+        if good:
+            classes[~missing] = np.argmax([result.logits for result in good], axis=1)
         columns = {
-            "class": pa.array(classes, pa.int32()),
-            "label": pa.array([None if one is None else self.labels[one] for one in classes], pa.string()),
+            "class": pa.array(classes, mask=missing),
+            "label": self.labels.take(pa.array(classes, mask=missing)),
             "probabilities": _stack([one.probabilities for one in good], missing, np.float64, self.class_count),
             "logits": _stack([one.logits for one in good], missing, np.float32, self.class_count),
         }
@@ -186,18 +211,18 @@ class Columns:
         if self.has_delta:
             deltas = [None if result is None else result.explanation.convergence_deltas.tolist() for result in results]
             columns["completeness_gap"] = pa.array(deltas, pa.list_(pa.float64()))
-        preparations = [None if result is None else json.dumps(result.image.describe()) for result in results]
+        preparations = [None if result is None else result.image.describe() for result in results]
         warnings = [
             None if result is None else [{"type": one.type, "message": one.message} for one in result.warnings]
             for result in results
         ]
-        columns["preparation"] = pa.array(preparations, pa.string())
+        columns["preparation"] = pa.array(_write_json(preparations), pa.string())
         columns["warnings"] = pa.array(warnings, WARNINGS_TYPE)
         columns["error"] = pa.array(errors, ERROR_TYPE)
         return pa.RecordBatch.from_pydict(columns)
 
     def _encode_maps(self, good: Sequence[Any], missing: NDArray[np.bool_]) -> dict[str, pa.Array]:
-        maps = [np.ascontiguousarray(result.saliency, dtype=np.float32) for result in good]
+        maps = [result.saliency for result in good]
         if self.saliency_shape is not None:
             storage = _stack([one.ravel() for one in maps], missing, np.float32, int(np.prod(self.saliency_shape)))
             tensor = pa.fixed_shape_tensor(pa.float32(), list(self.saliency_shape))
@@ -219,21 +244,32 @@ def _describe_error(answer: Any) -> dict[str, Any] | None:  # noqa: ANN401
     return None
 
 
+def _write_json(values: Sequence[dict[str, Any] | None]) -> list[str | None]:
+    """Write each value as JSON, those that are like the one before at no cost: most images of a set are prepared alike."""
+    texts: list[str | None] = []
+    for value, same in groupby(values):
+        text = None if value is None else json.dumps(value)
+        texts += [text for _ in same]
+    return texts
+
+
 def _stack(rows: Sequence[NDArray[Any]], missing: NDArray[np.bool_], dtype: type[np.generic], size: int) -> pa.Array:
     """Put rows of one size into a column, with nulls where one is missing."""
-    values = np.zeros((len(missing), size), dtype)
-    if rows:
-        values[~missing] = rows
-    mask = pa.array(missing) if missing.any() else None
+    values, mask = np.zeros((len(missing), size), dtype), None
+    if len(rows) < len(missing):
+        values[~missing] = np.reshape(rows, (len(rows), size))
+        mask = pa.array(missing)
+    elif rows:
+        np.stack(rows, out=values)
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), size, mask=mask)
 
 
-def _read_labels(model_dir: Path, class_count: int) -> list[str]:
+def _read_labels(model_dir: Path, class_count: int) -> pa.StringArray:
     """Read the names of the classes; where the archive has none, they are the indices."""
     file = model_dir / LABELS_FILE
     names = json.loads(file.read_text()) if file.is_file() else {}
     own = [names.get(str(index), str(index)) for index in range(class_count)]
-    return [str(name[-1]) if isinstance(name, list) else str(name) for name in own]
+    return pa.array([str(name[-1]) if isinstance(name, list) else str(name) for name in own], pa.string())
 
 
 if __name__ == "__main__":

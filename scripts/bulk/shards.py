@@ -4,13 +4,14 @@ The same on one machine and on a cluster.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from scripts.bulk.explainer import Explainer, Item
@@ -21,6 +22,8 @@ from scripts.bulk.storage import Storage
 ROW_GROUP_BYTES = 64 * 1024 * 1024  # that are held before they are written
 BATCHES_SENT = 4  # together, as each message costs half a millisecond on both sides
 MESSAGE_BYTES = 32 * 1024 * 1024  # of image files that are sent together, beside the last
+WRITE_BATCH_VALUES = 64 * 1024  # that Parquet encodes at once: its own 1,024 are little more than one map's
+NAMES_SCHEMA = pa.schema([("index", pa.int64()), ("path", pa.string()), ("path_bytes", pa.binary())])
 
 OnRows = Callable[[int, int], None]  # is told how many rows are done, and how many of them hold an error
 
@@ -32,31 +35,26 @@ def explain_shard(job: Job, shard: Shard, explainer: Explainer, storage: Storage
         BulkError, OSError: the job cannot go on.
     """
     errors: Counter[str] = Counter()
-    paths = iter(_paths_of(shard.images))
+    names = _names_of(shard)
     with storage.create(shard.file_name) as path, _PartWriter(path, _schema_of(explainer.description.schema)) as writer:
-        index = shard.start
+        done = 0
         groups = _group(read_images(shard.images, job.column), batch_size * BATCHES_SENT)
         for answers in explainer.explain(groups, batch_size):
             for part in answers:
                 own_errors = [error["type"] for error in part.column("error").drop_null().to_pylist()]
                 errors.update(own_errors)
-                texts, raw = zip(*islice(paths, len(part)), strict=True)
-                first = [
-                    pa.array(range(index, index + len(part)), pa.int64()),
-                    pa.array(texts, pa.string()),
-                    pa.array(raw, pa.binary()),
-                ]
-                writer.write(pa.RecordBatch.from_arrays([*first, *part.columns], schema=writer.schema))
-                index += len(part)
+                own_names = names.slice(done, len(part))
+                writer.write(pa.RecordBatch.from_arrays([*own_names.columns, *part.columns], schema=writer.schema))
+                done += len(part)
                 on_rows(len(part), len(own_errors))
-        outcome = Outcome(index - shard.start, errors)
+        outcome = Outcome(done, errors)
         writer.describe(metadata_of(job, shard, outcome))
     return outcome
 
 
 def _schema_of(answers: pa.Schema) -> pa.Schema:
     """All columns of the output: which image, then its answer."""
-    return pa.schema([("index", pa.int64()), ("path", pa.string()), ("path_bytes", pa.binary()), *answers])
+    return pa.schema([*NAMES_SCHEMA, *answers])
 
 
 def _group(images: Iterator[Item], count: int) -> Iterator[Sequence[Item]]:
@@ -73,19 +71,28 @@ def _group(images: Iterator[Item], count: int) -> Iterator[Sequence[Item]]:
         yield group
 
 
-def _paths_of(images: pa.Table) -> Iterable[tuple[str, bytes | None]]:
-    """Name each image in text: a file's path, and behind it a member's name or a row's number.
+def _names_of(shard: Shard) -> pa.RecordBatch:
+    """Name each image: its index, and its path in text, which is a file's, and behind it a member's name or a row's number.
 
     Returns:
-        the name; and the same in bytes where it is no UTF-8, and the text only shows it.
+        columns of NAMES_SCHEMA. The path is given in bytes too where it is no UTF-8, and the text only shows it.
     """
-    for file, kind, member, place in zip(
-        *(images[name].to_pylist() for name in ("file", "kind", "member", "place")), strict=True
-    ):
-        own = {TAR: b"/" + (member or b""), PARQUET: b"#%d" % (place or 0)}.get(kind, b"")
-        path = file + own
-        text = shown_name(path)
-        yield text, None if text.encode() == path else path
+    images = shard.images
+    kinds = images["kind"].cast(pa.string())
+    members = pc.binary_join_element_wise(b"/", pc.fill_null(images["member"], b""), b"")
+    rows = pc.binary_join_element_wise("#", pc.fill_null(images["place"], 0).cast(pa.string()), "").cast(pa.binary())
+    own = pc.if_else(pc.equal(kinds, TAR), members, pc.if_else(pc.equal(kinds, PARQUET), rows, b""))
+    paths = pc.binary_join_element_wise(images["file"], own, b"").combine_chunks()
+    try:
+        texts, not_text = paths.cast(pa.string()), pa.nulls(len(paths), pa.binary())
+    except pa.ArrowInvalid:  # some are no UTF-8
+        content = paths.to_pylist()
+        shown = [shown_name(path) for path in content]
+        texts = pa.array(shown, pa.string())
+        same = zip(shown, content, strict=True)
+        not_text = pa.array([None if text.encode() == path else path for text, path in same], pa.binary())
+    indices = pa.array(np.arange(shard.start, shard.start + len(paths)), pa.int64())
+    return pa.RecordBatch.from_arrays([indices, texts, not_text], schema=NAMES_SCHEMA)
 
 
 class _PartWriter:
@@ -97,7 +104,12 @@ class _PartWriter:
         plain = dict.fromkeys(_leaves(schema, "saliency"), "none")
         packed = {one: "zstd" for field in schema if field.name != "saliency" for one in _leaves(schema, field.name)}
         self._writer = pq.ParquetWriter(
-            path, schema, compression={**plain, **packed}, use_dictionary=[*_leaves(schema, "preparation")]
+            path,
+            schema,
+            compression={**plain, **packed},
+            use_dictionary=_leaves(schema, "preparation"),
+            write_statistics=[*packed],
+            write_batch_size=WRITE_BATCH_VALUES,
         )
         self._batches: list[pa.RecordBatch] = []
         self._size = 0
