@@ -42,7 +42,7 @@ from model.photograph import SCENES, ink_of, photograph
 from scripts.network import load_committed_network
 from scripts.paths import ROOT, WEIGHTS_FILE
 
-FALSE_ALARMS = 0.015  # share of the digits of the fit that lie below the threshold
+FALSE_ALARMS = 0.01  # share of the digits of the fit that lie below the threshold
 SLOW_SCENES = {"huge"}  # left out: a photograph takes seconds
 HABIT_MARGIN = 0.3  # of bright paper around a drawn digit, by its longer side
 FONTS = ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf")  # of matplotlib; they have Greek letters and symbols
