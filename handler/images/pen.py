@@ -84,12 +84,15 @@ def _widen(intensity: Array, pixels: int) -> NDArray[np.intp]:
     """
     value, origin = (intensity if pixels > 0 else -intensity), np.arange(intensity.size).reshape(intensity.shape)
     for step in range(abs(pixels)):
-        for axes in ((0,), (1,)) if step % 2 else ((0,), (1,), (0, 1)):
+        seen, seen_origin = value, origin
+        for axes in ((0,), (1,)) if step % 2 or pixels < 0 else ((0,), (1,), (0, 1)):
             for shift in (1, -1):
-                moved = np.roll(value, [shift] * len(axes), axes)
+                if pixels > 0 or step % 2:  # a square: also what the axis before has moved
+                    seen, seen_origin = value, origin
+                moved = np.roll(seen, [shift] * len(axes), axes)
                 wins = moved > value
                 value = np.where(wins, moved, value)
-                origin = np.where(wins, np.roll(origin, [shift] * len(axes), axes), origin)
+                origin = np.where(wins, np.roll(seen_origin, [shift] * len(axes), axes), origin)
     return origin
 
 
