@@ -84,16 +84,25 @@ def _widen(intensity: Array, pixels: int) -> NDArray[np.intp]:
     """
     value, origin = (intensity if pixels > 0 else -intensity), np.arange(intensity.size).reshape(intensity.shape)
     for step in range(abs(pixels)):
-        seen, seen_origin = value, origin
-        for axes in ((0,), (1,)) if step % 2 or pixels < 0 else ((0,), (1,), (0, 1)):
-            for shift in (1, -1):
-                if pixels > 0 or step % 2:  # a square: also what the axis before has moved
-                    seen, seen_origin = value, origin
-                moved = np.roll(seen, [shift] * len(axes), axes)
-                wins = moved > value
-                value = np.where(wins, moved, value)
-                origin = np.where(wins, np.roll(seen_origin, [shift] * len(axes), axes), origin)
+        if pixels < 0 and step % 2 == 0:  # a cross: of what was there before, so that no corner is reached
+            before = value, origin
+            for axes in ((0,), (1,)):
+                for shift in (1, -1):
+                    value, origin = _larger(value, origin, *before, shift, axes)
+        else:  # a square, and for bolder strokes every second time its diagonals too: also of what this step has moved
+            for along in [(0,), (1,)] if step % 2 else [(0,), (1,), (0, 1)]:
+                for shift in (1, -1):
+                    value, origin = _larger(value, origin, value, origin, shift, along)
     return origin
+
+
+def _larger(
+    value: Array, origin: NDArray[np.intp], other: Array, other_origin: NDArray[np.intp], shift: int, axes: tuple[int, ...]
+) -> tuple[Array, NDArray[np.intp]]:
+    """Take for each pixel the larger of its value and the one that is shifted to it, with its origin."""
+    moved = np.roll(other, [shift] * len(axes), axes)
+    wins = moved > value
+    return np.where(wins, moved, value), np.where(wins, np.roll(other_origin, [shift] * len(axes), axes), origin)
 
 
 def _soft(share: Array) -> tuple[Array, Array]:
