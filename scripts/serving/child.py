@@ -84,6 +84,14 @@ class Child:
             return next((child.pid for child in psutil.Process(self._guard.pid).children()), None)
         return None
 
+    def listens_on(self, port: int) -> bool:
+        """Tell whether the program itself listens on a TCP port: what answers there is then no other program."""
+        pid = self.pid()
+        with contextlib.suppress(psutil.Error):
+            connections = [] if pid is None else psutil.Process(pid).net_connections("tcp")
+            return any(found.status == psutil.CONN_LISTEN and found.laddr.port == port for found in connections)
+        return False
+
     def note(self, text: str) -> None:
         """Write a line of the launcher's own into the program's log."""
         with contextlib.suppress(OSError), self.log.open("a", errors="backslashreplace") as opened:

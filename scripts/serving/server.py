@@ -56,7 +56,11 @@ MAX_REPLACEMENTS = 3  # within this time; then the launcher ends, so that whoeve
 OFTEN_S = 600
 MODEL_NAME = re.compile(r"[\w.-]+", re.ASCII)  # it stands in URLs, unescaped
 WORKER_DIED = "Backend worker process died."  # TorchServe's words; it would start the worker again, for minutes
-NOT_BOUND = re.compile(r"Failed to bind to address: \S*?(\d+)$|Failed to bind to address \S*?:(\d+)$", re.MULTILINE)
+NOT_BOUND = re.compile(  # twice TorchServe's words, then Envoy's
+    r"Failed to bind to address: \S*?(\d+)$|Failed to bind to address \S*?:(\d+)$"
+    r"|cannot bind '[^']*:(\d+)': Address already in use",
+    re.MULTILINE,
+)
 
 
 class TorchServe:
@@ -221,7 +225,7 @@ class TorchServe:
             try:
                 self._front.start()
             except ProxyError as error:
-                raise ServeError(str(error)) from error
+                raise ServeError(self._find_taken_port(str(error)) or str(error)) from error
 
     def _start_torchserve(self) -> None:
         settings, hardening, folder = self.settings, self.settings.hardening, self.folder
@@ -325,12 +329,14 @@ class TorchServe:
                 raise ServeError(str(error)) from error
 
     def _count_ready_workers(self, *, if_refused: int = 0) -> int | None:
-        """Count the workers that can answer; None where TorchServe does not answer.
+        """Count the workers that can answer; None where this TorchServe does not answer, although another may.
 
         Args:
             if_refused: what to return where the token is an earlier one, or has expired.
         """
         hardening = self.settings.hardening
+        if self._child is None or not self._child.listens_on(self.settings.ports.management):
+            return None
         try:
             token = read_token(hardening.key_file, "management") if hardening else None
             url = f"{self.management_address}/models/{self.model_name}"
@@ -383,9 +389,14 @@ class TorchServe:
     def _why_it_ended(self) -> str:
         """Say why TorchServe ended at its start."""
         printed = self.log_tail()
+        return self._find_taken_port(printed) or f"TorchServe ended at its start:\n{printed}"
+
+    def _find_taken_port(self, printed: str) -> str:
+        """Say which port was taken, from what TorchServe or Envoy printed; "" where none was."""
         taken = NOT_BOUND.search(printed)
-        if taken:
-            port = int(taken[1] or taken[2])
-            names = [name for name in self.settings.ports.__dataclass_fields__ if getattr(self.settings.ports, name) == port]
-            return f"port {port} was taken by another program while the server started; choose another with {option_of(names[0])}"
-        return f"TorchServe ended at its start:\n{printed}"
+        if taken is None:
+            return ""
+        ports = self.settings.ports
+        port = next(int(group) for group in taken.groups() if group)
+        names = [name for name in ports.__dataclass_fields__ if getattr(ports, name) == port]
+        return f"port {port} was taken by another program while the server started; choose another with {option_of(names[0])}"

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ import requests
 
 from scripts.packaging.package import checksum_file_of
 from scripts.paths import ROOT, SAMPLE_FILES
-from scripts.serving.launcher import Ports
-from scripts.serving.settings import option_of
+from scripts.serving.cluster import Cluster
+from scripts.serving.server import TorchServe
+from scripts.serving.settings import Ports, ServeError, Settings, option_of
 from tests.client import TIMEOUT_S
 from tests.servers import processes_with, read_until, serving, wait_for
 from tests.tls import make_certificate
@@ -296,6 +298,29 @@ def test_two_starts_at_once_on_the_same_ports(archive: Path, ports: Ports, tmp_p
         assert ended.returncode == 1
         assert re.search(r"^error: port \d+ (is|was) taken", said, re.MULTILINE), said  # the end of the log may follow
         assert ask(address_in(read_until(other, r"curl .*/explanations/"))) == 0
+
+
+@pytest.mark.parametrize("shared", ["all", "inference"])
+@pytest.mark.parametrize("cluster", [None, Cluster(drain_delay_s=0)], ids=["development", "cluster"])
+def test_start_on_ports_taken_since_they_were_looked_at(
+    archive: Path, ports: Ports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str, cluster: Cluster | None
+) -> None:
+    """Another server answers there, with all its workers: this one must neither call itself ready nor share the port."""
+    config = {"minWorkers": 1, "maxWorkers": 1}
+    first, second = (
+        Settings(archive=archive, ports=ports, device="cpu", log_dir=tmp_path / name, model_config=config, cluster=cluster)
+        for name in ("first", "second")
+    )
+    if shared == "inference":
+        second = replace(second, ports=replace(Ports.free(), inference=ports.inference))
+    with TorchServe(first):
+        monkeypatch.setattr(Ports, "require_free", lambda *_: None)  # what a start at the same moment sees
+        with (
+            pytest.raises(ServeError, match=r"^port \d+ was taken by another program while the server started"),
+            TorchServe(second),
+        ):
+            pass
+        assert ask(f"http://127.0.0.1:{ports.inference}") == 0
 
 
 def test_two_servers_share_nothing(archive: Path, tmp_path: Path) -> None:

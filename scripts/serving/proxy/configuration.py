@@ -176,6 +176,7 @@ def _listener(front: Front) -> dict[str, Any]:
     listener: dict[str, Any] = {
         "name": "front",
         "address": front.listen.write(),
+        "enable_reuse_port": False,  # else a second Envoy could listen on the same port, and take half of the requests
         "per_connection_buffer_limit_bytes": 64 * 1024,  # of what waits in a connection; a body is kept by its request
         "filter_chains": [chain],
     }
