@@ -30,12 +30,6 @@ def compute_energy(logits: Numbers) -> Numbers:
     return np.asarray(special.logsumexp(np.asarray(logits, dtype=np.float64), axis=1))
 
 
-def compute_log_loss(logits: Numbers, labels: Labels, temperature: float = 1.0) -> float:
-    """Mean of -log(probability of the right class), in nats: logits (N, K), labels (N,)."""
-    scaled = np.asarray(logits, dtype=np.float64) / temperature
-    return float((special.logsumexp(scaled, axis=1) - scaled[np.arange(len(labels)), labels]).mean())
-
-
 def fit_temperature(logits: Numbers, labels: Labels) -> float:
     """The temperature of the lowest expected calibration error.
 
