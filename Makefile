@@ -31,9 +31,10 @@ test: .venv/.installed-dev ## run the tests, unit and end to end (five minutes o
 test-long: .venv/.installed-dev build/clients/.installed build/digits.mar ## run the tests that `make test` leaves out: those that measure for long
 	$(BIN)/python -m pytest -m long --timeout 1200 $(ARGS)
 
-test-all: ## run all tests: make test, then make test-long
+test-all: ## run all tests: make test, then make test-long, then two minutes of make fuzz-http
 	$(MAKE) test
 	$(MAKE) test-long
+	$(MAKE) fuzz-http ARGS="--seconds 120"
 
 lint: .venv/.installed-dev ## ruff, mypy and the import rules
 	$(BIN)/ruff check

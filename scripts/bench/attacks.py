@@ -16,6 +16,10 @@ import numpy as np
 from PIL import Image
 
 EMPTY_COMMENT = b"\xff\xfe\x00\x02"  # a JPEG segment without content
+# What one attack may cost. The service's own bounds are half of these seconds, on a processor that nobody else uses.
+MAX_ACCEPTED_SECONDS, MAX_REFUSED_SECONDS = 3.0, 1.5
+MAX_PEAK_MIB = 400  # over what an idle worker has
+OPEN_STATUSES = (200, 400, 413, 422)  # of an attack that may be answered as well as refused
 
 
 def encode(image: Image.Image, image_format: str, **options: object) -> bytes:
@@ -228,6 +232,27 @@ class Attack:
     def body(self) -> bytes:
         """What is sent."""
         return self.make()
+
+    def allows(self, status: int, error: str) -> bool:
+        """Whether it may end in this status and this type of error."""
+        return (status, error) == (self.status, self.error) if self.status else status in OPEN_STATUSES
+
+
+def max_seconds(status: int) -> float:
+    """The most that an attack with this answer may take."""
+    return MAX_ACCEPTED_SECONDS if status == 200 else MAX_REFUSED_SECONDS
+
+
+def error_type(body: bytes) -> str:
+    """Read the type of a refusal; "" where the body is none. The Open Inference Protocol v2 has it beside `error`."""
+    try:
+        content = json.loads(body)
+    except ValueError:
+        return ""
+    if not isinstance(content, dict) or "error" not in content:
+        return ""
+    error = content["error"]
+    return str((error if isinstance(error, dict) else content).get("type", ""))
 
 
 def _json(make: Callable[[], bytes], status: int, error: str, route: str = "/explanations/{model}") -> Attack:

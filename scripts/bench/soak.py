@@ -1,4 +1,4 @@
-"""Keep a server under mixed traffic with bad requests in it for half an hour, and check that it stays as it was.
+"""Keep a server under mixed traffic with bad requests and attacks for half an hour, and check that it stays as it was.
 
     python -m scripts.bench.soak --minutes 30
 
@@ -137,7 +137,8 @@ def soak(server: Server, load: Load, traffic: Traffic, interrupted: threading.Ev
         "model": server.model,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "warm_up_s": load.warm_up_s,
-        "kinds": [kind.name for kind in KINDS],
+        "kinds": [kind.name for kind in KINDS if not kind.attack],
+        "attacks": [kind.name for kind in KINDS if kind.attack],
         "machine": describe_machine(),
         "resources": [],
     }
@@ -250,7 +251,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m scripts.bench.soak",
-        description="Keep a server under mixed traffic with bad requests in it, and check that it stays as it was.",
+        description="Keep a server under mixed traffic with bad requests and attacks, and check that it stays as it was.",
         epilog="example: %(prog)s --minutes 30",
     )
     parser.add_argument("--minutes", type=read_positive, default=30.0, metavar="N", help="default: 30; gates of time from 10 on")

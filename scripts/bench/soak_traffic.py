@@ -1,8 +1,8 @@
 """The requests of a soak, and the check of their answers.
 
-Good requests on every route beside bad ones of every common kind. An answer is right where it has the status and the error that
-its kind calls for, and equals the answer that the same request got alone. An answer that belongs to another client, or that a
-neighbour in the batch has changed, differs from that one. Knows nothing of rates, processes or reports.
+Good requests on every route beside bad ones of every common kind and all attacks of attacks.py. An answer is right where it has
+the status and the error that its kind calls for, and equals the answer that the same request got alone. An answer that belongs to
+another client, or that a neighbour in the batch has changed, differs from that one. Knows nothing of rates, processes or reports.
 """
 
 import base64
@@ -17,7 +17,7 @@ import orjson
 from numpy.typing import NDArray
 from PIL import Image
 
-from scripts.bench.attacks import Attack, build_attacks
+from scripts.bench.attacks import Attack, build_attacks, error_type
 from scripts.bench.digit_requests import BINARY
 from scripts.bench.digits import dither
 from scripts.bench.load import Call, build_call
@@ -67,11 +67,16 @@ class Kind:
     status: int = 200
     error: str = ""  # the error's type
     tied_share: float = 0.0  # of a map's numbers that may differ
+    attack: Attack | None = None  # that it is; its own expectation then decides instead of status and error
 
     @property
     def is_bad(self) -> bool:
         """Whether the service has to refuse it."""
         return bool(self.error)
+
+    def calls_for(self, status: int, error: str) -> bool:
+        """Whether an answer has a status and a type of error that are right for it."""
+        return self.attack.allows(status, error) if self.attack else (status, error) == (self.status, self.error)
 
 
 JSON = {"Content-Type": "application/json"}
@@ -129,11 +134,14 @@ def _tensor(sample: Sample, count: int) -> dict[str, Any]:
     return {"inputs": [{"name": "x", "shape": [count], "datatype": "BYTES", "data": [sample.text] * count}]}
 
 
-ATTACKS = {name: attack for name, attack in build_attacks(ATTACK_BYTES).items() if attack.status}
+ATTACKS = build_attacks(ATTACK_BYTES)
 
 
 def _attack_kind(name: str, attack: Attack) -> Kind:
-    return Kind(name, 0, lambda _: Message(attack.route, attack.body, attack.headers), attack.status, attack.error)
+    def make(_: Sample) -> Message:
+        return Message(attack.route, attack.body, attack.headers)
+
+    return Kind(name, 0, make, attack.status, attack.error, attack=attack)
 
 
 EXPLANATIONS, V1_EXPLAIN, V2_EXPLAIN = "/explanations/{model}", "/v1/models/{model}:explain", "/v2/models/{model}/explain"
@@ -235,7 +243,7 @@ class Answers:
         self._traffic = traffic
         self._kinds = {kind.name: kind for kind in KINDS}
         self._names = [call.name for call in traffic.distinct_calls()]
-        self._right: dict[int, bytes] = {}
+        self._right: dict[int, tuple[int, bytes]] = {}  # status and body of each distinct call
         self._known: dict[int, set[int]] = {index: set() for index in range(len(traffic.labels))}
         self.wrong_count = 0
         self.first_wrong = ""  # what the first wrong answer was, for a person
@@ -251,23 +259,23 @@ class Answers:
         if not is_as_described(kind, self._traffic.labels[call], status, body):
             self._note_wrong(kind.name, status, body)
             return False
-        self._right[call] = body
+        self._right[call] = status, body
         return True
 
     def check(self, call: int, status: int, body: bytes) -> bool:
         """Whether the answer to a call of the traffic is right."""
         index, name = self._traffic.distinct[call], self._traffic.calls[call].name
-        known, mark = self._known[index], hash(body)
-        kind = self._kinds[name]
-        if status == kind.status:
-            if mark in known:
-                return True
-            if say_the_same(self._right[index], body, kind.tied_share):
-                if len(known) < KNOWN_REPLIES:
-                    known.add(mark)
-                return True
-        self._note_wrong(name, status, body)
-        return False
+        kind, known, mark = self._kinds[name], self._known[index], hash(body)
+        right_status, right_body = self._right[index]
+        if kind.attack and (status, right_status) != (200, 200):  # a refusal may name the seconds that were measured
+            is_right = kind.calls_for(status, error_type(body))
+        else:
+            is_right = status == right_status and (mark in known or say_the_same(right_body, body, kind.tied_share))
+            if is_right and len(known) < KNOWN_REPLIES:
+                known.add(mark)
+        if not is_right:
+            self._note_wrong(name, status, body)
+        return is_right
 
     def _note_wrong(self, name: str, status: int, body: bytes) -> None:
         self.wrong_count += 1
@@ -276,14 +284,12 @@ class Answers:
 
 def is_as_described(kind: Kind, label: int, status: int, body: bytes) -> bool:
     """Whether an answer has its kind's status and error and, as JSON for one image, the digit that the image shows."""
-    if status != kind.status:
+    error = error_type(body) if body.startswith(b"{") else ""
+    if not body or not kind.calls_for(status, error):
         return False
-    if body[:1] != b"{":
-        return not kind.is_bad and bool(body)
-    content = orjson.loads(body)
-    if kind.is_bad:
-        return bool(content["error"]["type"] == kind.error)
-    return bool(content.get("digit", label) == label)
+    if error or kind.attack or not body.startswith(b"{"):
+        return True
+    return bool(orjson.loads(body).get("digit", label) == label)
 
 
 def say_the_same(one: bytes, other: bytes, tied_share: float = 0.0) -> bool:

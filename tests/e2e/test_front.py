@@ -169,6 +169,7 @@ def test_an_image_with_a_forms_content_type_is_read(reached: Reached, samples: l
 PADDING = b"a" * 100_000  # what TorchServe would not free
 BAD_FORMS = [
     b"--B\r\nContent-Disposition: form-data\r\n\r\n" + PADDING + b"\r\n--B--\r\n",
+    b"--B\r\nContent-Disposition: form-data; name\r\n\r\n" + PADDING + b"\r\n--B--\r\n",
     b"--B\r\nContent-Disposition: form-data; name=x; filename=x\r\nContent-Type: text/plain; charset=none\r\n\r\n" + PADDING
     + b"\r\n--B--\r\n",
     b"--B\r\nContent-Disposition: form-data; name=x; filename=x\r\nContent-Transfer-Encoding: none\r\n\r\n" + PADDING

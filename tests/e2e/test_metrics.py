@@ -17,14 +17,17 @@ import psutil
 import pytest
 import requests
 import yaml
+from PIL import Image
 
 from handler.runtime.metrics import INTERVAL_S
+from scripts.bench.attacks import encode
 from scripts.paths import ROOT, SAMPLE_FILES, SERVE_CONFIG
 from scripts.serving.launcher import Ports, Settings, TorchServe
 from tests.client import TIMEOUT_S
 from tests.servers import wait_for, workers_of
 
 IMAGE = SAMPLE_FILES[36].read_bytes()
+CUT_OFF = encode(Image.open(SAMPLE_FILES[36]).resize((112, 112)).crop((0, 0, 112, 80)), "PNG")  # TouchesBorder is its warning
 PROMETHEUS_FOLDER = SERVE_CONFIG / "prometheus"
 RULES: list[dict[str, Any]] = [
     rule
@@ -198,6 +201,7 @@ def traffic(server: TorchServe) -> Iterator[None]:
                 for content in files:
                     requests.put(routes[turn % 2], data=content, timeout=TIMEOUT_S)
                 requests.put(routes[0], data=b"nothing", timeout=TIMEOUT_S)
+                assert requests.put(routes[1], data=CUT_OFF, timeout=TIMEOUT_S).json()["warnings"]
                 assert requests.post(routes[0], data=NAMELESS, headers=FORM, timeout=TIMEOUT_S).status_code == 500
             turn += 1
 
@@ -344,6 +348,21 @@ def test_queries_name_only_what_is_declared() -> None:
         named = set(re.findall(r"\b(?:saliency[_:]|ts_|Requests)[\w:]+", query))
         assert named <= names, query
         assert named or "up{" in query or "CPUUtilization" in query
+
+
+def test_every_metric_has_a_panel_or_a_rule() -> None:
+    declared = yaml.safe_load((SERVE_CONFIG / "metrics.yaml").read_text())
+    names = {one["name"] for section in declared.values() for kind in section.values() for one in kind}
+    shown = " ".join(query for _, query in queries())
+    assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", shown)] == []
+
+
+def test_panels_of_the_dashboard_do_not_lie_on_each_other() -> None:
+    places = [panel["gridPos"] for panel in DASHBOARD["panels"]]
+    cells = [(x, y) for at in places for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])]
+    assert len(set(cells)) == len(cells)
+    assert all(at["x"] + at["w"] <= 24 for at in places)
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(places)
 
 
 def test_restarted_worker_is_counted_and_every_log_line_is_json(json_server: TorchServe) -> None:

@@ -417,6 +417,7 @@ def test_a_multipart_form_is_written_anew(fronted: Fronted, form: bytes, written
             part('Content-Disposition: form-data; filename="x"') + OPEN_END, "expected a name", id="file without a name"
         ),
         pytest.param(part('Content-Disposition: form-data; name=""') + OPEN_END, "expected a name", id="empty name"),
+        pytest.param(part("Content-Disposition: form-data; name") + OPEN_END, "expected a name", id="name without a value"),
         pytest.param(part("X: 1") + OPEN_END, "Content-Disposition", id="no disposition"),
         pytest.param(part("Content-Disposition: attachment; name=data") + OPEN_END, "form-data", id="another disposition"),
         pytest.param(part(f"{DISPOSITION}\r\nContent-Type: text/plain; charset=none") + OPEN_END, "Content-Type", id="charset"),

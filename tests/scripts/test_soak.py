@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from handler.runtime.malloc import KEPT_BYTES
+from scripts.bench.attacks import build_attacks
 from scripts.bench.load import RECORD, Failure, Samples
 from scripts.bench.load.recording import LoadTestError
 from scripts.bench.soak_report import (
@@ -91,6 +92,7 @@ def about_of(rss_mib: NDArray[np.float64], **changes: Any) -> dict[str, Any]:
         "rate_source": "as asked for",
         "warm_up_s": 0.0,
         "kinds": ["predict", "no image"],
+        "attacks": [],
         "interrupted": False,
         "wrong_before": 0,
         "first_wrong": "",
@@ -146,14 +148,14 @@ def test_growth_that_cannot_be_ruled_out_fails_too() -> None:
 def test_slower_answers_at_the_end_are_found() -> None:
     growing_s = STEADY_S * np.linspace(1, 1.3, len(STEADY_S))
     assert failed(build_report(about_of(FLAT), samples_of(growing_s))) == [
-        "p99 of the last 5 minutes at most 10% above that of the first"
+        "p99 beside no attack of the last 5 minutes at most 10% above that of the first"
     ]
 
 
 def test_short_soak_says_nothing_of_slope_and_p99() -> None:
     leak = about_of(600 + 1000 * TIMES_S / 3600, duration_s=60.0)
     report = build_report(leak, samples_of(STEADY_S * np.linspace(1, 3, len(STEADY_S)), 60.0))
-    assert [gate.demand.split()[0] for gate in report.gates if gate.passed is None] == ["worker", "p99"]
+    assert [gate.demand.split()[0] for gate in report.gates if gate.passed is None] == ["worker", "p99", "no"]
     assert report.passed
 
 
@@ -194,6 +196,80 @@ def test_one_bad_answer_of_thousands_fails(change: dict[str, int], demands: list
     for name, value in change.items():
         samples.records[name][777] = value
     assert failed(build_report(about_of(FLAT), samples)) == demands
+
+
+ATTACK = "padded TIFF"
+ATTACKS_REFUSED, LATE = "each of 1 attacks ends as it has to", "no refusal after 1.5 s, no answer after 3 s"
+
+
+def attacked(latency_s: NDArray[np.float64], every: int = 100) -> tuple[dict[str, Any], Samples]:
+    """A soak in which each of so many requests is an attack, rightly refused."""
+    samples = samples_of(latency_s)
+    samples.records["call"][::every] = 2
+    samples.records["status"][::every] = 413
+    named = Samples((*samples.names, ATTACK), samples.records, samples.duration_s, 10.0, 1, 0.1, {})
+    return about_of(FLAT, attacks=[ATTACK]), named
+
+
+def found_by(report: Report, demand: str) -> tuple[bool | None, str]:
+    [gate] = [gate for gate in report.gates if gate.demand == demand]
+    return gate.passed, gate.found
+
+
+def test_refused_attacks_are_counted() -> None:
+    report = build_report(*attacked(STEADY_S))
+    assert report.passed
+    assert [(attack.name, attack.requests, attack.right) for attack in report.attacks] == [(ATTACK, 180, 180)]
+    assert found_by(report, ATTACKS_REFUSED) == (True, "180 of 180")
+
+
+@pytest.mark.parametrize("change", [{"status": 200}, {"status": 0}, {"status": 503}], ids=["answered", "unanswered", "5xx"])
+def test_attack_that_is_not_refused_is_named(change: dict[str, int]) -> None:
+    about, samples = attacked(STEADY_S)
+    for name, value in {"failure": int(Failure.WRONG_FORM), **change}.items():
+        samples.records[name][500] = value
+    report = build_report(about, samples)
+    assert found_by(report, ATTACKS_REFUSED) == (False, f"179 of 180; not: {ATTACK} (1)")
+    assert not report.passed
+
+
+def test_attack_that_was_never_sent_is_named_and_not_judged() -> None:
+    report = build_report(about_of(FLAT, attacks=[ATTACK]), samples_of(STEADY_S))
+    assert found_by(report, ATTACKS_REFUSED) == (None, f"0 of 0; not sent in this time: {ATTACK}")
+
+
+@pytest.mark.parametrize(
+    ("row", "latency_s", "name"),
+    [
+        (500, 1.4, None),
+        (500, 1.6, ATTACK),
+        (501, 1.6, "no image"),
+        (502, 2.9, None),
+        (502, 3.1, "predict"),
+    ],
+    ids=["refused attack", "attack refused late", "refused late", "answered", "answered late"],
+)
+def test_late_answers_are_named(row: int, latency_s: float, name: str | None) -> None:
+    latencies_s = STEADY_S.copy()
+    latencies_s[row] = latency_s
+    report = build_report(*attacked(latencies_s))
+    passed, found = found_by(report, LATE)
+    count = 0 if name is None else 1
+    assert passed is (name is None)
+    assert found == f"{count} of 18,000, the slowest took {latency_s:.2f} s" + (f"; late: {name} (1)" if name else "")
+
+
+def test_neighbours_of_an_attack_say_nothing_of_the_p99() -> None:
+    """Whatever happens in the last five minutes while attacks are on their way; the same without attacks is found."""
+    latencies_s = STEADY_S.copy()
+    latencies_s[17_000::100] = 1.0  # attacks, each beside the next ten requests
+    for after in range(1, 9):
+        latencies_s[17_000 + after :: 100] = 0.5
+    about, samples = attacked(latencies_s)
+    assert build_report(about, samples).passed
+    assert failed(build_report(about | {"attacks": []}, samples)) == [
+        "p99 beside no attack of the last 5 minutes at most 10% above that of the first"
+    ]
 
 
 def test_processes_that_cannot_be_seen_are_not_judged() -> None:
@@ -302,6 +378,12 @@ def error_of(kind: str) -> bytes:
         ("no image", 400, error_of("UnreadableImage"), True),
         ("no image", 400, error_of("EmptyRequest"), False),
         ("no image", 200, b'{"digit": 7}', False),
+        ("JSON, lists in a tensor", 413, b'{"error": "too large", "type": "RequestTooLarge"}', True),
+        ("JSON, lists in a tensor", 413, b'{"error": "too large", "type": "WrongShape"}', False),
+        ("JSON, lists in a tensor", 413, b"too large", False),
+        ("large PNG of empty deflate blocks", 200, b'{"digit": 3}', True),
+        ("large PNG of empty deflate blocks", 413, error_of("ImageTooLarge"), True),
+        ("large PNG of empty deflate blocks", 503, error_of("Overloaded"), False),
     ],
 )
 def test_first_answer_has_to_be_what_its_kind_asks_for(name: str, status: int, body: bytes, expected: bool) -> None:
@@ -317,6 +399,9 @@ def test_every_kind_is_sent_as_often_as_it_says(traffic: Traffic) -> None:
     names = [call.name for call in traffic.calls]
     assert set(names) == KIND_BY_NAME.keys()
     assert all(names.count(kind.name) == 2 * kind.weight for kind in KINDS if kind.weight)
+    attacks = build_attacks(0).keys()
+    assert {kind.name for kind in KINDS if kind.attack} == attacks
+    assert all(names.count(name) == 1 for name in attacks)
     bad = sum(kind.weight for kind in KINDS if kind.is_bad)
     assert 0.1 < bad / sum(kind.weight for kind in KINDS) < 0.3
     distinct = traffic.distinct_calls()
@@ -336,3 +421,38 @@ def test_answer_that_belongs_to_another_request_is_wrong(traffic: Traffic) -> No
     assert not answers.check(mine, 503, body)
     assert answers.wrong_count == 2
     assert answers.first_wrong.startswith("predict: status 200, b'{")
+
+
+@pytest.mark.parametrize(
+    ("name", "learned", "answer", "expected"),
+    [
+        ("JSON, digits", (400, error_of("MalformedJSON")), (400, error_of("MalformedJSON")), True),
+        ("JSON, digits", (400, error_of("MalformedJSON")), (400, error_of("WrongShape")), False),
+        ("JSON, digits", (400, error_of("MalformedJSON")), (200, b'{"digit": 1}'), False),
+        ("JSON, digits", (400, error_of("MalformedJSON")), (503, error_of("Overloaded")), False),
+        ("TIFF, tiles with padding of their own", (200, b'{"digit": 1}'), (413, error_of("ImageTooLarge")), True),
+        ("TIFF, tiles with padding of their own", (413, error_of("ImageTooLarge")), (200, b'{"digit": 1}'), True),
+        ("TIFF, tiles with padding of their own", (200, b'{"digit": 1}'), (200, b'{"digit": 1}'), True),
+        ("TIFF, tiles with padding of their own", (200, b'{"digit": 1}'), (200, b'{"digit": 2}'), False),
+        ("TIFF, tiles with padding of their own", (200, b'{"digit": 1}'), (500, b"{}"), False),
+    ],
+)
+def test_attack_has_to_end_as_it_says(
+    traffic: Traffic, name: str, learned: tuple[int, bytes], answer: tuple[int, bytes], expected: bool
+) -> None:
+    answers = Answers(traffic)
+    [call] = [index for index, call in enumerate(traffic.calls) if call.name == name]
+    assert answers.learn(traffic.distinct[call], *learned)
+    assert answers.check(call, *answer) is expected
+    assert answers.wrong_count == (not expected)
+
+
+def test_refusals_of_an_attack_may_name_what_was_measured(traffic: Traffic) -> None:
+    answers = Answers(traffic)
+    [call] = [index for index, call in enumerate(traffic.calls) if call.name == "64 progressive JPEGs with smoothgrad"]
+    first, second = (
+        json.dumps({"error": {"type": "RequestTooLarge", "message": f"expected at most 2.4 s, got one that takes about {s} s"}})
+        for s in (3.4, 3.5)
+    )
+    assert answers.learn(traffic.distinct[call], 413, first.encode())
+    assert answers.check(call, 413, second.encode())
