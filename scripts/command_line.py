@@ -11,7 +11,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         default = action.default
-        if action.help is None or any(default is absent for absent in (None, False, argparse.SUPPRESS)):
+        if action.help is None or default == [] or any(default is absent for absent in (None, False, argparse.SUPPRESS)):
             return action.help
         if isinstance(default, Path) and default.is_relative_to(ROOT):
             default = default.relative_to(ROOT)

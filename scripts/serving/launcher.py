@@ -25,6 +25,8 @@ from scripts.serving.cluster import EVERY_ADDRESS, Cluster, ConsoleFollower, mar
 from scripts.serving.configuration import find_property, read_model_config, write_property
 from scripts.serving.hardened import Hardening
 from scripts.serving.java import find_java_home
+from scripts.serving.proxy.arguments import add_share_arguments
+from scripts.serving.proxy.configuration import REQUESTS_PER_SECOND
 from scripts.serving.server import READY_TIMEOUT_S, TorchServe
 from scripts.serving.settings import CONSOLE_FILE, MAX_PORT, Ports, ServeError, Settings, option_of
 
@@ -113,6 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help=f"seconds after SIGTERM in which requests are still taken; default: {Cluster().drain_delay_s:g}",
     )
+    shares = parser.add_argument_group("fairness between clients", "needs --hardened or --cluster")
+    otherwise = f"; default: {REQUESTS_PER_SECOND}, but any number with --cluster and no --trusted-proxy"
+    add_share_arguments(shares, None, otherwise)
     return parser
 
 
@@ -164,9 +169,13 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
     """Turn the command line into settings.
 
     Raises:
-        ServeError: it has only some of the options that a hardened server needs.
+        ServeError: it has only some of the options that a hardened server needs, or one that needs another.
     """
     hardening, cluster = read_hardening(arguments), read_cluster(arguments)
+    shares = {"--requests-per-second": arguments.requests_per_second is not None, "--trusted-proxy": arguments.trusted_proxy}
+    for option, is_given in shares.items():
+        if is_given and hardening is None and cluster is None:
+            raise ServeError(f"{option} needs --hardened or --cluster")
     model_config = {
         "minWorkers": arguments.workers,
         "maxWorkers": arguments.workers,
@@ -184,6 +193,8 @@ def read_settings(arguments: argparse.Namespace) -> Settings:
         archive_sha256=arguments.archive_sha256,
         hardening=hardening,
         cluster=cluster,
+        requests_per_second=arguments.requests_per_second,
+        trusted_proxies=arguments.trusted_proxy,
     )
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -89,6 +89,8 @@ class Settings:
         archive_sha256: the archive's expected SHA-256, in hexadecimal; None for the one in the file beside it, if there is one.
         hardening: the settings of a server that others can reach; None in development.
         cluster: the settings of a server in a cluster; None for one that stands alone.
+        requests_per_second: from one address, where a proxy takes the requests; 0 for any number, None for the mode's default.
+        trusted_proxies: networks of the load balancers in front, whose X-Forwarded-For names the client.
         limits: beyond which the server is replaced.
     """
 
@@ -102,6 +104,8 @@ class Settings:
     archive_sha256: str | None = None
     hardening: Hardening | None = None
     cluster: Cluster | None = None
+    requests_per_second: int | None = None
+    trusted_proxies: Sequence[str] = ()
     limits: Limits = field(default_factory=Limits)
 
     @property

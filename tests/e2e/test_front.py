@@ -10,10 +10,13 @@ import ssl
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import grpc
+import numpy as np
 import psutil
 import pytest
 import requests
@@ -23,7 +26,9 @@ from scripts.serving.credentials import authorization, read_token
 from scripts.serving.hardened import Hardening
 from scripts.serving.launcher import Ports, Settings, TorchServe
 from tests.client import TIMEOUT_S, Sample
+from tests.grpc_messages import INFERENCE, MANAGEMENT, MESSAGES, OPEN_INFERENCE, asking, inferring
 from tests.tls import make_certificate
+from tests.tolerance import require_close
 
 PNG = SAMPLE_FILES[0].read_bytes()
 PREDICT = "/predictions/digits"
@@ -81,9 +86,12 @@ def reached(archive: Path) -> Iterator[Reached]:
             configuration=HARDENED_CONFIGURATION,
             archive_sha256=checksum_of(archive),
             hardening=hardening,
+            requests_per_second=0,  # all clients here have one address; tests/scripts/test_proxy.py has several
         )
-        with TorchServe(settings) as server:
-            yield Reached(server, certificate, read_token(hardening.key_file))
+        with pytest.MonkeyPatch.context() as environment:
+            environment.setenv("TS_OPEN_INFERENCE_PROTOCOL", "oip")  # without it there is no ModelInfer
+            with TorchServe(settings) as server:
+                yield Reached(server, certificate, read_token(hardening.key_file))
 
 
 def checksum_of(archive: Path) -> str:
@@ -164,6 +172,94 @@ def test_an_image_with_a_forms_content_type_is_read(reached: Reached, samples: l
     assert (reply.status_code, reply.json()["digit"]) == (200, samples[3].predicted)
     form = b"target=3&image=" + base64.b64encode(samples[3].png).replace(b"+", b"%2B")
     assert reached.ask(form, Content_Type="application/x-www-form-urlencoded").status_code == 400  # a form holds bytes, no base64
+
+
+# --- gRPC
+
+
+@dataclass(frozen=True)
+class Call:
+    """A gRPC call through the front, and how its reply is read."""
+
+    path: str
+    request: Any
+    read: Callable[[bytes], Any] = bytes
+
+    def ask(self, reached: Reached, token: str | None) -> Any:
+        metadata = [] if token is None else [("authorization", f"Bearer {token}")]
+        credentials = grpc.ssl_channel_credentials(reached.certificate.read_bytes())
+        with grpc.secure_channel(f"localhost:{reached.port}", credentials) as channel:
+            # Of a stream with one reply, too: on the wire they are alike.
+            call = channel.unary_unary(self.path, lambda message: message.SerializeToString(), self.read)
+            return call(self.request, metadata=metadata, timeout=TIMEOUT_S)
+
+
+def predicting(method: str, png: bytes, **options: bytes) -> Call:
+    request = asking({"data": png, **options})
+    return Call(f"{INFERENCE}/{method}", request, lambda reply: MESSAGES["PredictionResponse"].FromString(reply))
+
+
+def inferring_by(png: bytes) -> Call:
+    request = inferring("BYTES", [1], bytes_contents=[png])
+    return Call(f"{OPEN_INFERENCE}/ModelInfer", request, lambda reply: MESSAGES["ModelInferResponse"].FromString(reply))
+
+
+@pytest.mark.parametrize("method", ["Predictions", "StreamPredictions"])
+def test_grpc_predicts_and_explains_through_the_front(reached: Reached, samples: list[Sample], method: str) -> None:
+    for sample in samples[:2]:
+        reply = json.loads(predicting(method, sample.png, explain=b"true").ask(reached, reached.token).prediction)
+        assert (reply["digit"], reply["explanation"]["target"]) == (sample.predicted, sample.predicted)
+        require_close(np.array(reply["explanation"]["saliency"]), sample.jacobian[sample.predicted], row_axes=2)
+    error = json.loads(predicting(method, b"no image").ask(reached, reached.token).prediction)["error"]
+    assert (error["code"], error["type"]) == (400, "UnreadableImage")
+
+
+def test_grpc_infers_through_the_front(reached: Reached, samples: list[Sample]) -> None:
+    reply = inferring_by(samples[1].png).ask(reached, reached.token)
+    (digit,) = (output for output in reply.outputs if output.name == "digit")
+    assert list(digit.contents.int64_contents) == [samples[1].predicted]
+
+
+@pytest.mark.parametrize("token", [None, "AAAAAAAA", "management"])
+def test_grpc_without_the_token_is_refused(reached: Reached, token: str | None) -> None:
+    if token == "management":
+        hardening = reached.server.settings.hardening
+        assert hardening is not None
+        token = json.loads(hardening.key_file.read_text())["management"]["key"]
+    for call in (predicting("Predictions", PNG), predicting("StreamPredictions", PNG), inferring_by(PNG)):
+        with pytest.raises(grpc.RpcError) as raised:
+            call.ask(reached, token)
+        assert raised.value.code() == grpc.StatusCode.PERMISSION_DENIED
+        assert "digits" not in raised.value.details()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"{MANAGEMENT}/DescribeModel",
+        f"{MANAGEMENT}/ListModels",
+        f"{MANAGEMENT}/RegisterModel",
+        "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        "/grpc.health.v1.Health/Check",
+        f"{INFERENCE}2/Predictions",
+        f"{INFERENCE}/../{MANAGEMENT}/DescribeModel",
+    ],
+)
+@pytest.mark.parametrize("kind", ["inference", "management"])
+def test_no_other_grpc_service_is_reached(reached: Reached, path: str, kind: str) -> None:
+    hardening = reached.server.settings.hardening
+    assert hardening is not None
+    token = json.loads(hardening.key_file.read_text())[kind]["key"]
+    call = Call(path, MESSAGES["DescribeModelRequest"](model_name="digits"))
+    with pytest.raises(grpc.RpcError) as raised:
+        call.ask(reached, token)
+    code, message = {
+        "inference": (grpc.StatusCode.UNIMPLEMENTED, "expected one of the API's routes"),  # the front's own words
+        "management": (grpc.StatusCode.PERMISSION_DENIED, "Token Authorization failed"),
+    }[kind]
+    assert raised.value.code() == code
+    assert message in raised.value.details()
 
 
 PADDING = b"a" * 100_000  # what TorchServe would not free

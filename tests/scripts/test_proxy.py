@@ -7,11 +7,17 @@ import ssl
 import subprocess
 import tempfile
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
+from threading import Event
 
+import grpc
 import numpy as np
 import pytest
 import requests
@@ -19,9 +25,11 @@ import yaml
 
 from handler.limits import MAX_BODY_BYTES
 from scripts.paths import SAMPLE_FILES, SERVE_CONFIG
+from scripts.serving.launcher import ServeError, build_parser, read_settings
 from scripts.serving.proxy import configuration, process
 from scripts.serving.proxy.__main__ import main
-from scripts.serving.proxy.configuration import MAX_FORM_FIELDS, Address, Front, write_configuration
+from scripts.serving.proxy.configuration import MAX_FORM_FIELDS, REQUESTS_PER_SECOND, Address, Front, write_configuration
+from scripts.serving.proxy.front import make_front
 from scripts.serving.proxy.process import Envoy, ProxyError, command
 from scripts.serving.ready import ReferenceAnswer
 from tests.servers import wait_for
@@ -568,11 +576,12 @@ def test_no_other_error_is_asked_again(fronted: Fronted, status: str, body: byte
 
 
 @contextlib.contextmanager
-def another(fronted: Fronted, folder: Path, **changed: object) -> Iterator[Fronted]:
+def another(fronted: Fronted, folder: Path, concurrency: int = 1, **changed: object) -> Iterator[Fronted]:
     """An Envoy of other settings in front of the same recorder."""
     address = ("127.0.0.1", free_port())
     own = {"listen": Address(*address), "admin_socket": folder / "admin.sock", "access_log": folder / "access.log"}
-    envoy = Envoy(replace(fronted.envoy.front, **own | changed), folder, folder / "envoy.log", concurrency=1)  # type: ignore[arg-type]
+    front = replace(fronted.envoy.front, **own | changed)  # type: ignore[arg-type]
+    envoy = Envoy(front, folder, folder / "envoy.log", concurrency=concurrency)
     envoy.start()
     try:
         yield Fronted(address, fronted.upstream, fronted.certificate, envoy)
@@ -587,13 +596,106 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def test_too_many_requests_a_second_are_refused(fronted: Fronted, folder: Path) -> None:
+def ask_from(source: str, address: tuple[str, int], path: str = PREDICT, **headers: str) -> HTTPResponse:
+    """Ask over plain HTTP from one of this machine's addresses, on a connection of its own. The reply is read to its end."""
+    connection = HTTPConnection(*address, TIMEOUT_S, source_address=(source, 0))
+    with contextlib.closing(connection):
+        connection.request("POST", path, b"abc", PERMITTED | {name.replace("_", "-"): text for name, text in headers.items()})
+        reply = connection.getresponse()
+        reply.read()
+        return reply
+
+
+IN_PLAIN: dict[str, object] = {"certificate": None, "private_key": None}
+MANY = 40  # requests at once, far more than the share in these tests
+
+
+def statuses_from(source: str, address: tuple[str, int], forwarded: str = "198.51.100.1") -> Counter[int]:
+    """Ask many times, with an X-Forwarded-For that may have another {number} each time."""
+    return Counter(ask_from(source, address, X_Forwarded_For=forwarded.format(number=number)).status for number in range(MANY))
+
+
+def test_an_address_that_floods_costs_no_other_one_its_answers(fronted: Fronted, folder: Path) -> None:
+    """Envoy has two threads here: the share of an address is one for both."""
+    ended, flood, share = Event(), Counter[int](), 5
+    with another(fronted, folder, concurrency=2, requests_per_second=share, **IN_PLAIN) as shared:
+
+        def ask_on() -> None:
+            while not ended.is_set():
+                flood[ask_from("127.0.0.2", shared.address).status] += 1
+
+        started = time.monotonic()
+        with ThreadPoolExecutor(4) as pool:
+            floods = [pool.submit(ask_on) for _ in range(4)]
+            try:
+                others = []
+                for _ in range(2 * share):
+                    before = flood[429]
+                    wait_for(lambda before=before: flood[429] > before + MANY, "refused requests")  # type: ignore[misc]
+                    others.append(ask_from("127.0.0.3", shared.address).status)
+            finally:
+                ended.set()
+            for each in floods:
+                each.result()
+        took_s = time.monotonic() - started
+    assert others == [200] * (2 * share)
+    assert flood.keys() == {200, 429}
+    assert flood[200] <= 2 * share + share * (took_s + 1)
+
+
+@pytest.mark.parametrize("path", [PREDICT, "/v2/models/digits/infer", "/other"])
+def test_too_many_requests_from_an_address_are_told_when_to_come_again(fronted: Fronted, folder: Path, path: str) -> None:
     with another(fronted, folder, requests_per_second=2) as slow:
-        statuses = [slow.ask().status_code for _ in range(12)]
-        assert statuses[:4] == [200] * 4
-        assert 429 in statuses
-        refused = next(reply for reply in iter(slow.ask, None) if reply.status_code == 429)
-        assert refused.json()["error"]["type"] == "TooManyRequests"
+        replies = [slow.ask(path, headers={}) for _ in range(MANY)]  # without a token: tokens cannot be guessed any faster
+        refused = [reply for reply in replies if reply.status_code == 429]
+        assert {reply.status_code for reply in replies} == {400, 429}
+        assert refused
+        for reply in refused:
+            error = reply.json() if "/v2/" in path else reply.json()["error"]
+            assert (error["code"], error["type"]) == (429, "TooManyRequests")
+            assert int(reply.headers["retry-after"]) == 1
+
+
+def test_a_client_of_grpc_with_too_many_calls_is_told_so(fronted: Fronted, folder: Path) -> None:
+    credentials = grpc.ssl_channel_credentials(fronted.certificate.read_bytes())
+    with (
+        another(fronted, folder, requests_per_second=2) as slow,
+        grpc.secure_channel(f"localhost:{slow.address[1]}", credentials) as channel,
+    ):
+        call = channel.unary_unary("/org.pytorch.serve.grpc.inference.InferenceAPIsService/Ping")
+        codes = {call.future(b"", timeout=TIMEOUT_S).code() for _ in range(MANY)}  # without a token
+    assert codes == {grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.RESOURCE_EXHAUSTED}
+
+
+def test_no_client_has_another_share_by_what_it_says_of_its_address(fronted: Fronted, folder: Path) -> None:
+    with another(fronted, folder, requests_per_second=2, **IN_PLAIN) as shared:
+        assert statuses_from("127.0.0.2", shared.address, "10.0.0.{number}").keys() == {200, 429}
+        assert ask_from("127.0.0.3", shared.address, X_Forwarded_For="10.0.0.1").status == 200
+
+
+@pytest.mark.parametrize(
+    ("source", "one_client", "another_client"),
+    [
+        ("127.0.0.2", "198.51.100.1", "198.51.100.2"),
+        pytest.param("127.0.0.2", "10.0.0.{number}, 198.51.100.1", "198.51.100.1, 198.51.100.2", id="its own word before it"),
+        pytest.param("127.0.0.2", "10.0.0.{number}, 198.51.100.1, 192.0.2.{number}", "198.51.100.2, 192.0.2.1", id="two proxies"),
+        pytest.param("127.0.0.2", "2001:db8::{number}", "2001:db8:0:1::1", id="network of IPv6"),
+        pytest.param("127.0.0.2", "unknown{number}", "198.51.100.1", id="unreadable"),
+        pytest.param("127.0.0.3", "198.51.100.{number}", None, id="not trusted"),
+        pytest.param("127.0.0.3", "192.0.2.{number}", None, id="not trusted, in a trusted one's name"),
+    ],
+)
+def test_behind_a_trusted_proxy_each_client_has_its_share(
+    fronted: Fronted, folder: Path, source: str, one_client: str, another_client: str | None
+) -> None:
+    trusted = ["127.0.0.2/32", "192.0.2.0/24"]
+    with another(fronted, folder, requests_per_second=2, trusted_proxies=trusted, **IN_PLAIN) as shared:
+        assert statuses_from(source, shared.address, one_client).keys() == {200, 429}
+        if another_client is not None:
+            assert ask_from(source, shared.address, X_Forwarded_For=another_client).status == 200
+        assert ask_from("127.0.0.4", shared.address).status == 200
+    passed = {line.partition(b":")[0] for head, _ in fronted.upstream.received for line in head.split(b"\r\n")[1:]}
+    assert passed == {b"host", b"accept-encoding", b"authorization", b"content-length"}
 
 
 def test_slow_clients_are_refused_in_time(fronted: Fronted, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -626,6 +728,24 @@ def test_connections_are_limited(fronted: Fronted, folder: Path, monkeypatch: py
             return False
 
         wait_for(is_answered, "free place")
+
+
+def test_idle_connections_end_soon_where_few_places_are_left(
+    fronted: Fronted, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So an address that holds nearly all places, and asks nothing, loses them."""
+    monkeypatch.setattr(configuration, "MAX_CONNECTIONS", 10)
+    monkeypatch.setattr(configuration, "IDLE_TIMEOUT_S", 10 * TIMEOUT_S)
+    with another(fronted, folder, **IN_PLAIN) as small, contextlib.ExitStack() as stack:
+        idle = [
+            stack.enter_context(socket.create_connection(small.address, TIMEOUT_S, source_address=("127.0.0.2", 0)))
+            for _ in range(9)
+        ]
+        for connection in idle:
+            connection.sendall(HEAD + END)
+            assert statuses_of(connection.recv(65536)) == [200]
+        assert [connection.recv(1) for connection in idle] == [b""] * len(idle)  # each is ended, within the socket's timeout
+        assert ask_from("127.0.0.3", small.address).status == 200
 
 
 @pytest.mark.parametrize("cipher", ["ECDHE-ECDSA-AES128-SHA", "ECDHE-ECDSA-AES128-SHA256", "ECDHE-ECDSA-AES256-SHA384"])
@@ -714,8 +834,9 @@ REFERENCE = ReferenceAnswer("ab" * 32, digit=3)
         Front(Address("127.0.0.1", 1), "digits", [Address("127.0.0.1", 2)]),
         Front(Address("127.0.0.1", 1), "digits", [Address("a.example", 2), Address("127.0.0.1", 3)], reference=REFERENCE),
         Front(Address("0.0.0.0", 1), "a b+c.d", [Address("127.0.0.1", 2)], [Address("b", 3)], requests_per_second=0),
+        Front(Address("0.0.0.0", 1), "digits", [Address("127.0.0.1", 2)], trusted_proxies=["10.0.0.0/8", "2001:db8::/32"]),
     ],
-    ids=["one server", "several servers", "odd name"],
+    ids=["one server", "several servers", "odd name", "trusted proxies"],
 )
 def test_envoy_accepts_the_configuration(front: Front, tmp_path: Path) -> None:
     file = tmp_path / "envoy.yaml"
@@ -796,3 +917,62 @@ def test_an_example_of_other_settings_is_not_current(archive: Path, tmp_path: Pa
 def test_half_a_command_is_refused(archive: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--upstream=a:1", f"--archive={archive}", *options]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--trusted-proxy=10.0.0.1/8", "expected a network, such as 10.0.0.0/8, or an address, got '10.0.0.1/8'"),
+        ("--trusted-proxy=balancer", "expected a network, such as 10.0.0.0/8, or an address, got 'balancer'"),
+        ("--requests-per-second=-1", "expected an integer from 0 to 1000000000, got '-1'"),
+        ("--requests-per-second=3000000000", "expected an integer from 0 to 1000000000, got '3000000000'"),
+    ],
+)
+def test_what_is_no_share_is_refused(option: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--upstream=a:1", option])
+    assert message in capsys.readouterr().err
+
+
+HARDENED = ["--hardened", "--certificate=c.pem", "--private-key=k.pem"]
+
+
+@pytest.mark.parametrize(
+    ("options", "requests_per_second"),
+    [
+        (HARDENED, REQUESTS_PER_SECOND),
+        ([*HARDENED, "--requests-per-second=7"], 7),
+        ([*HARDENED, "--requests-per-second=0"], 0),
+        (["--cluster"], 0),
+        (["--cluster", *HARDENED], 0),
+        (["--cluster", "--requests-per-second=7"], 7),
+        (["--cluster", "--trusted-proxy=10.0.0.0/8"], REQUESTS_PER_SECOND),
+        (["--cluster", "--trusted-proxy=10.0.0.0/8", "--requests-per-second=0"], 0),
+    ],
+)
+def test_a_server_in_a_cluster_limits_no_address_until_it_knows_its_load_balancer(
+    options: list[str], requests_per_second: int, tmp_path: Path
+) -> None:
+    front = make_front(read_settings(build_parser().parse_args(options)), tmp_path).front
+    assert front.requests_per_second == requests_per_second
+    assert front.trusted_proxies == (["10.0.0.0/8"] if "--trusted-proxy=10.0.0.0/8" in options else [])
+
+
+@pytest.mark.parametrize("option", ["--requests-per-second=7", "--requests-per-second=0", "--trusted-proxy=10.0.0.0/8"])
+def test_without_a_front_there_are_no_shares(option: str) -> None:
+    with pytest.raises(ServeError, match=rf"^{option.partition('=')[0]} needs --hardened or --cluster$"):
+        read_settings(build_parser().parse_args([option]))
+
+
+def test_shares_stand_in_the_configuration(archive: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--requests-per-second=7", "--trusted-proxy=10.0.0.0/8", "--trusted-proxy=2001:db8::1"]
+    assert main(["--upstream=a:1", f"--archive={archive}", *options]) == 0
+    (chain,) = yaml.safe_load(capsys.readouterr().out)["static_resources"]["listeners"][0]["filter_chains"]
+    manager = chain["filters"][0]["typed_config"]
+    (share,) = manager["http_filters"][0]["typed_config"]["descriptors"]
+    assert share["token_bucket"]["tokens_per_fill"] == 7
+    (detection,) = manager["original_ip_detection_extensions"]
+    assert detection["typed_config"]["xff_trusted_cidrs"]["cidrs"] == [
+        {"address_prefix": "10.0.0.0", "prefix_len": 8},
+        {"address_prefix": "2001:db8::1", "prefix_len": 128},
+    ]

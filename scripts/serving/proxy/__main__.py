@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from scripts.command_line import HelpFormatter
 from scripts.paths import ARCHIVE
+from scripts.serving.proxy.arguments import add_share_arguments
 from scripts.serving.proxy.configuration import REQUESTS_PER_SECOND, Address, Front, is_ipv4, write_configuration
 from scripts.serving.proxy.process import command
 from scripts.serving.ready import NotReady, read_reference_answer
@@ -45,13 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--private-key", type=Path, metavar="PEM", help="the certificate's key, not encrypted")
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="the token that clients must send, in one line")
     parser.add_argument("--upstream-ca", type=Path, metavar="PEM", help="reach the servers by TLS, and know them by these")
-    parser.add_argument(
-        "--requests-per-second",
-        type=int,
-        default=REQUESTS_PER_SECOND,
-        metavar="N",
-        help="from one address; 0: any number",
-    )
+    add_share_arguments(parser, REQUESTS_PER_SECOND)
     parser.add_argument("--access-log", type=Path, metavar="FILE", help="who was refused or got an error; default: none")
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--output", type=Path, metavar="FILE", help="write the configuration; default: print it")
@@ -94,6 +89,7 @@ def read_front(arguments: argparse.Namespace) -> Front:
         upstream_ca=arguments.upstream_ca,
         reference=reference,
         requests_per_second=arguments.requests_per_second,
+        trusted_proxies=arguments.trusted_proxy,
         access_log=arguments.access_log,
     )
 

@@ -6,6 +6,7 @@ files beside this one: tokens and forms, and "Worker died." among the 500s. Know
 Written for Envoy 1.40, see https://www.envoyproxy.io/docs/envoy/v1.40.0/.
 """
 
+import ipaddress
 import json
 import re
 import socket
@@ -32,11 +33,15 @@ MAX_HEAP_BYTES = 1024**3  # of Envoy; beyond nine tenths of it the largest reque
 HEADER_TIMEOUT_S = 10  # for a TLS handshake, and for the headers of a request
 REQUEST_TIMEOUT_S = 60  # for a whole request: 32 MiB at 5 Mbit/s
 IDLE_TIMEOUT_S = 60  # of a connection without a request, and of a request or reply that does not move
+MIN_IDLE_TIMEOUT_S = 2  # of a connection without a request, as more than half of all places are taken; measured: 8 s at nine tenths
 REPLY_TIMEOUT_S = 70  # more than responseTimeout (serve_config/model-config.yaml), so that TorchServe's own answer is given
 SILENCE_S = 10  # after which another server is asked too; the slowest request by itself takes three
 CONNECT_TIMEOUT_S = 1
-# Requests a second from one address, and those that may come at once after a pause. One machine does some thousands in all.
-REQUESTS_PER_SECOND = 2000
+# From one address, and twice as many at once after a pause: about half of what two cores do, so that no address takes them all.
+REQUESTS_PER_SECOND = 500
+MAX_ADDRESSES = 10_000  # whose shares are remembered, the latest
+IPV6_PREFIX = 64  # bits that count as one address: one customer's network
+RETRY_AFTER_S = 1  # when a share has grown again
 # Forward secrecy and authenticated encryption alone: no CBC, no RSA key exchange. TLS 1.3 has its own three, all of them such.
 CIPHERS = [
     "[ECDHE-ECDSA-AES128-GCM-SHA256|ECDHE-ECDSA-CHACHA20-POLY1305]",
@@ -115,6 +120,8 @@ class Front:
         upstream_ca: certificates by which the servers are known, PEM; None for plain HTTP to them.
         reference: each server's health is asked by this image, and told by its digit and weights; None for no such check.
         requests_per_second: from one address; 0 for any number.
+        trusted_proxies: networks of load balancers and proxies in front of this one. The address of a request that comes from one
+            of them is the last one in its X-Forwarded-For outside of these networks; of any other, the one it comes from.
         access_log: a file for what was refused or failed; None for none.
         admin_socket: the path of a Unix socket for Envoy's own questions; None for none.
     """
@@ -129,6 +136,7 @@ class Front:
     upstream_ca: Path | None = None
     reference: ReferenceAnswer | None = None
     requests_per_second: int = REQUESTS_PER_SECOND
+    trusted_proxies: Sequence[str] = ()
     access_log: Path | None = None
     admin_socket: Path | None = None
 
@@ -270,7 +278,7 @@ def _connection_manager(front: Front) -> dict[str, Any]:
         "request_timeout": _seconds(REQUEST_TIMEOUT_S),
         "stream_idle_timeout": _seconds(REPLY_TIMEOUT_S + IDLE_TIMEOUT_S),
         # No client is believed what it says of itself, or of the way that its request took. Its own request id is passed on.
-        "use_remote_address": True,
+        **_client_address(front.trusted_proxies),
         "internal_address_config": {"cidr_ranges": [{"address_prefix": "255.255.255.255", "prefix_len": 32}]},
         "early_header_mutation_extensions": [
             _typed(
@@ -293,6 +301,20 @@ def _connection_manager(front: Front) -> dict[str, Any]:
     )
 
 
+def _client_address(trusted_proxies: Sequence[str]) -> dict[str, Any]:
+    """Find the address of a client: the connection's, or the one that a trusted proxy reports."""
+    if not trusted_proxies:
+        return {"use_remote_address": True}
+    networks = [ipaddress.ip_network(network) for network in trusted_proxies]
+    cidrs = [{"address_prefix": str(network.network_address), "prefix_len": network.prefixlen} for network in networks]
+    xff = _typed(
+        "envoy.http.original_ip_detection.xff",
+        "envoy.extensions.http.original_ip_detection.xff.v3.XffConfig",
+        xff_trusted_cidrs={"cidrs": cidrs},
+    )
+    return {"use_remote_address": False, "original_ip_detection_extensions": [xff]}
+
+
 def _access_log(file: Path) -> dict[str, Any]:
     """Log what was refused or failed: who, when, which kind of route, and Envoy's own words. Nothing that a client chose."""
     line = "%START_TIME% %DOWNSTREAM_REMOTE_ADDRESS% %ROUTE_NAME% %RESPONSE_CODE% %RESPONSE_FLAGS% %DURATION%\n"
@@ -310,43 +332,38 @@ def _access_log(file: Path) -> dict[str, Any]:
 
 def _filters(front: Front) -> list[dict[str, Any]]:
     """What each request passes, in this order."""
-    filters = []
-    if front.requests_per_second:
-        everything = {"default_value": {"numerator": 100, "denominator": "HUNDRED"}}
-        bucket = {
-            "max_tokens": 2 * front.requests_per_second,
-            "tokens_per_fill": front.requests_per_second,
-            "fill_interval": "1s",
-        }
-        filters.append(
-            _typed(
-                "envoy.filters.http.local_ratelimit",
-                "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
-                stat_prefix="rate",
-                token_bucket={
-                    "max_tokens": 2**31,
-                    "tokens_per_fill": 2**31,
-                    "fill_interval": "1s",
-                },  # of all together: any number
-                filter_enabled=everything | {"runtime_key": "rate_enabled"},
-                filter_enforced=everything | {"runtime_key": "rate_enforced"},
-                rate_limits=[{"actions": [{"remote_address": {}}]}],
-                descriptors=[{"entries": [{"key": "remote_address"}], "token_bucket": bucket}],
-                max_dynamic_descriptors=10_000,  # addresses that are remembered
-            )
-        )
     constants = {
         "KEY_FILE": None if front.key_file is None else str(front.key_file),
         "MAX_BODY_BYTES": MAX_BODY_BYTES,
         "MAX_FORM_FIELDS": MAX_FORM_FIELDS,
     }
-    filters += [
+    return [
+        *([_share_of_an_address(front.requests_per_second)] if front.requests_per_second else []),
         _lua("requests.lua", constants),
         # Whole bodies alone are passed on, with their length: a slow client holds nothing of TorchServe.
         _typed("envoy.filters.http.buffer", "envoy.extensions.filters.http.buffer.v3.Buffer", max_request_bytes=MAX_BODY_BYTES),
         _typed("envoy.filters.http.router", "envoy.extensions.filters.http.router.v3.Router", suppress_envoy_headers=True),
     ]
-    return filters
+
+
+def _share_of_an_address(requests_per_second: int) -> dict[str, Any]:
+    """Limit the requests of each client's address, whether they have a token or not."""
+    everything = {"default_value": {"numerator": 100, "denominator": "HUNDRED"}}
+    any_number = {"max_tokens": 2**31, "tokens_per_fill": 2**31, "fill_interval": "1s"}  # of all addresses together
+    share = {"max_tokens": 2 * requests_per_second, "tokens_per_fill": requests_per_second, "fill_interval": "1s"}
+    return _typed(
+        "envoy.filters.http.local_ratelimit",
+        "envoy.extensions.filters.http.local_ratelimit.v3.LocalRateLimit",
+        stat_prefix="rate",
+        token_bucket=any_number,
+        filter_enabled=everything | {"runtime_key": "rate_enabled"},
+        filter_enforced=everything | {"runtime_key": "rate_enforced"},
+        rate_limits=[{"actions": [{"masked_remote_address": {"v4_prefix_mask_len": 32, "v6_prefix_mask_len": IPV6_PREFIX}}]}],
+        # An entry without a value: each address has a bucket of its own.
+        descriptors=[{"entries": [{"key": "masked_remote_address"}], "token_bucket": share}],
+        max_dynamic_descriptors=MAX_ADDRESSES,
+        rate_limited_as_resource_exhausted=True,  # to a client of gRPC
+    )
 
 
 def _lua(file: str, constants: Mapping[str, str | int | None]) -> dict[str, Any]:
@@ -437,6 +454,7 @@ def _route(front: Front) -> dict[str, Any]:
 
 def _local_replies() -> dict[str, Any]:
     """The proxy's own errors, in the API's form; on the routes of the Open Inference Protocol in that protocol's."""
+    retry_after = {"headers_to_add": [{"header": {"key": "retry-after", "value": str(RETRY_AFTER_S)}}]}
     is_answered = {"header_filter": {"header": {"name": "x-envoy-answered", "present_match": True}}}  # by requests.lua
     body = {"text_format_source": {"inline_string": "%LOCAL_REPLY_BODY%"}, "content_type": "application/json"}
     mappers: list[dict[str, Any]] = [{"filter": is_answered, "body_format_override": body}]
@@ -449,9 +467,10 @@ def _local_replies() -> dict[str, Any]:
         is_v2 = {"header_filter": {"header": {"name": ":path", "string_match": {"prefix": "/v2/"}}}}
         plain = {"error": {"code": status, "type": kind, "message": message}}
         in_v2 = {"error": message, "code": status, "type": kind}
+        more = retry_after if status in (429, 503) else {}
         mappers += [
-            {"filter": {"and_filter": {"filters": [has_status, is_v2]}}, "body_format_override": {"json_format": in_v2}},
-            {"filter": has_status, "body_format_override": {"json_format": plain}},
+            {"filter": {"and_filter": {"filters": [has_status, is_v2]}}, "body_format_override": {"json_format": in_v2}} | more,
+            {"filter": has_status, "body_format_override": {"json_format": plain}} | more,
         ]
     other = {"error": {"code": "%RESPONSE_CODE%", "type": "ProxyError", "message": "the request could not be passed on"}}
     return {"mappers": mappers, "body_format": {"json_format": other}}
@@ -603,5 +622,20 @@ def _overload_manager() -> dict[str, Any]:
                 ],
             },
             {"name": "envoy.overload_actions.stop_accepting_requests", "triggers": at(0.95)},
+            {
+                "name": "envoy.overload_actions.reduce_timeouts",  # the fewer places are left, the sooner idle connections end
+                "triggers": [
+                    {
+                        "name": "envoy.resource_monitors.global_downstream_max_connections",
+                        "scaled": {"scaling_threshold": 0.5, "saturation_threshold": 0.9},
+                    }
+                ],
+                "typed_config": {
+                    "@type": "type.googleapis.com/envoy.config.overload.v3.ScaleTimersOverloadActionConfig",
+                    "timer_scale_factors": [
+                        {"timer": "HTTP_DOWNSTREAM_CONNECTION_IDLE", "min_timeout": _seconds(MIN_IDLE_TIMEOUT_S)}
+                    ],
+                },
+            },
         ],
     }
