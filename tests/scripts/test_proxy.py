@@ -16,6 +16,7 @@ from functools import partial
 from http.client import HTTPConnection, HTTPResponse
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 import grpc
 import numpy as np
@@ -606,7 +607,7 @@ def ask_from(source: str, address: tuple[str, int], path: str = PREDICT, **heade
         return reply
 
 
-IN_PLAIN: dict[str, object] = {"certificate": None, "private_key": None}
+IN_PLAIN: dict[str, Any] = {"certificate": None, "private_key": None}
 MANY = 40  # requests at once, far more than the share in these tests
 
 
