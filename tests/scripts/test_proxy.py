@@ -573,6 +573,14 @@ def test_no_other_error_is_asked_again(fronted: Fronted, status: str, body: byte
     assert len(fronted.upstream.received) == 1
 
 
+@pytest.mark.parametrize(("headers", "seconds"), [("", 1), ("\r\nRetry-After: 7", 7)], ids=["TorchServe's own", "the handler's"])
+def test_a_server_that_is_full_says_when_to_ask_again(fronted: Fronted, headers: str, seconds: int) -> None:
+    fronted.upstream.replies = [(f"503 Service Unavailable{headers}", b'{"code": 503}')]
+    reply = fronted.ask()
+    assert (reply.status_code, reply.content, int(reply.headers["retry-after"])) == (503, b'{"code": 503}', seconds)
+    assert "retry-after" not in fronted.ask().headers
+
+
 # --- limits, TLS, logs
 
 
@@ -873,6 +881,7 @@ def test_only_a_server_with_the_right_digit_and_weights_is_asked(fronted: Fronte
                 wait_for(lambda: len(fronted.upstream.replies) < 2, "health check")
                 reply = checked.ask()
                 assert (reply.status_code, reply.json()["error"]["type"]) == (503, "Overloaded")
+                assert reply.headers["retry-after"] == "1"
 
 
 @pytest.mark.parametrize("text", ["", "a", "a:", ":1", "a:0", "a:65536", "a:b", "::1:80", "http://a:1", "unix:relative"])

@@ -488,7 +488,7 @@ def _clusters(front: Front) -> list[dict[str, Any]]:
             # No request follows another one on a connection to TorchServe: nothing can be hidden behind one for the next.
             "common_http_protocol_options": {"max_requests_per_connection": 1},
             "http_filters": [
-                _lua("replies.lua", {}),
+                _lua("replies.lua", {"RETRY_AFTER_S": RETRY_AFTER_S}),
                 _typed("envoy.filters.http.upstream_codec", "envoy.extensions.filters.http.upstream_codec.v3.UpstreamCodec"),
             ],
         }

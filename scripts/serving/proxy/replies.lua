@@ -1,9 +1,14 @@
--- Marks the one 500 that says nothing about its request: TorchServe's "Worker died.", so that it alone is sent again.
+-- Marks the one 500 that says nothing about its request: TorchServe's "Worker died.", so that it alone is sent again. Says when to
+-- ask again where TorchServe's queue is full.
+-- `configuration.py` writes a constant in front of this file: RETRY_AFTER_S.
 
 local MAX_BYTES = 500 -- of TorchServe's own errors; others are not looked at
 
 function envoy_on_response(handle)
   local headers = handle:headers()
+  if headers:get(":status") == "503" and not headers:get("retry-after") then
+    headers:add("retry-after", tostring(RETRY_AFTER_S))
+  end
   local length = tonumber(headers:get("content-length"))
   if headers:get(":status") ~= "500" or not length or length > MAX_BYTES then
     return
