@@ -42,6 +42,7 @@ MAX_SLOPE_MIB_PER_HOUR = 64.0
 MAX_P99_GROWTH = 1.10
 JUDGED_FROM_S = 600.0  # in a shorter window slopes and latencies mean nothing
 SIXTHS = 6
+NAMED_LATE = 10  # kinds whose answers came late: those with the most of them
 PLOTTED_PARTS = 60  # of the window, in the plots of answers
 PLOTS_INCHES = (11, 8.5)  # of the page's four plots together
 
@@ -161,7 +162,7 @@ def build_report(about: dict[str, Any], samples: Samples) -> Report:
     p99_ms = _edge_quantiles_ms(samples, right & ~_beside_attacks(about, samples))
     gates = [
         *_gates_of_answers(about, samples),
-        _gate_of_refusals(attacks),
+        _gate_of_refusals(attacks, int((right & (samples.status >= 500)).sum())),
         *_gates_of_processes(about, processes, samples.duration_s),
         _gate_of_latency(p99_ms, samples.duration_s),
         _gate_of_late_answers(samples),
@@ -240,7 +241,7 @@ def _memory_of(about: Mapping[str, Any], name: str) -> tuple[NDArray[np.float64]
 
 def _gates_of_answers(about: Mapping[str, Any], samples: Samples) -> list[Gate]:
     wrong = int((samples.failure == Failure.WRONG_FORM).sum()) + about["wrong_before"]
-    failed = int((samples.status >= 500).sum())
+    failed = int(((samples.status >= 500) & (samples.failure != Failure.NONE)).sum())  # an attack may be told to come again
     unanswered = int((samples.status == 0).sum())
     example = f"; the first: {about['first_wrong']}" if about["first_wrong"] else ""
     total = f"of {len(samples.records):,}"
@@ -251,12 +252,13 @@ def _gates_of_answers(about: Mapping[str, Any], samples: Samples) -> list[Gate]:
     ]
 
 
-def _gate_of_refusals(attacks: Sequence[KindSummary]) -> Gate:
+def _gate_of_refusals(attacks: Sequence[KindSummary], told_to_come_again: int) -> Gate:
     wrong = [f"{attack.name} ({attack.requests - attack.right:,})" for attack in attacks if attack.right < attack.requests]
     unsent = [attack.name for attack in attacks if not attack.requests]
     found = f"{sum(attack.right for attack in attacks):,} of {sum(attack.requests for attack in attacks):,}"
-    found += f"; not: {', '.join(wrong)}" if wrong else ""
-    found += f"; not sent in this time: {', '.join(unsent)}" if unsent else ""
+    found += f", {told_to_come_again:,} of them with 503 beside costly neighbours" if told_to_come_again else ""
+    found += f"; not: {'; '.join(wrong)}" if wrong else ""
+    found += f"; not sent in this time: {'; '.join(unsent)}" if unsent else ""
     return Gate(f"each of {len(attacks)} attacks ends as it has to", found, False if wrong else None if unsent else True)
 
 
@@ -268,7 +270,9 @@ def _gate_of_late_answers(samples: Samples) -> Gate:
     late = answered & (latencies_s > bounds_s)
     counts = Counter(samples.names[call] for call in samples.call[late].tolist())
     slowest_s = float(latencies_s[answered].max(initial=0))
-    named = "".join(f"; late: {name} ({count:,})" for name, count in counts.most_common())
+    most = counts.most_common(NAMED_LATE)
+    named = f"; late: {'; '.join(f'{name} ({count:,})' for name, count in most)}" if most else ""
+    named += f" and {len(counts) - len(most)} other kinds" if len(counts) > len(most) else ""
     return Gate(
         f"no refusal after {MAX_REFUSED_SECONDS:g} s, no answer after {MAX_ACCEPTED_SECONDS:g} s",
         f"{int(late.sum()):,} of {int(answered.sum()):,}, the slowest took {slowest_s:.2f} s{named}",
@@ -310,7 +314,8 @@ def _gate_of_memory(process: ProcessSummary, duration_s: float) -> Gate:
 def _gate_of_latency(p99_ms: tuple[float, float], duration_s: float) -> Gate:
     first_ms, last_ms = p99_ms
     part = f"{duration_s / SIXTHS / 60:.3g} minutes"
-    passed = last_ms <= MAX_P99_GROWTH * first_ms if duration_s >= JUDGED_FROM_S else None
+    is_judged = duration_s >= JUDGED_FROM_S and not math.isnan(first_ms + last_ms)
+    passed = last_ms <= MAX_P99_GROWTH * first_ms if is_judged else None
     return Gate(
         f"p99 beside no attack of the last {part} at most {MAX_P99_GROWTH - 1:.0%} above that of the first",
         f"{first_ms:.1f} -> {last_ms:.1f} ms ({last_ms / first_ms - 1:+.0%})",

@@ -31,6 +31,7 @@ TIED_SHARE = 0.05
 KNOWN_REPLIES = 100  # to one call, remembered as right; others are compared again
 LARGE_FORM_BYTES = 7_000_000  # over 6.25 MiB a frontend may hold an upload in a temp file
 ATTACK_BYTES = 400_000  # of those whose size is free
+COME_AGAIN = (503, "Overloaded")  # what an attack may get beside costly neighbours in its batch, and no good request
 SEED = 0  # of the noise, and of the order of calls
 
 
@@ -268,7 +269,8 @@ class Answers:
         kind, known, mark = self._kinds[name], self._known[index], hash(body)
         right_status, right_body = self._right[index]
         if kind.attack and (status, right_status) != (200, 200):  # a refusal may name the seconds that were measured
-            is_right = kind.calls_for(status, error_type(body))
+            error = error_type(body)
+            is_right = kind.calls_for(status, error) or (status, error) == COME_AGAIN
         else:
             is_right = status == right_status and (mark in known or say_the_same(right_body, body, kind.tied_share))
             if is_right and len(known) < KNOWN_REPLIES:

@@ -36,6 +36,7 @@ from scripts.bench.soak_traffic import (
 from scripts.paths import SAMPLE_FILES
 
 HALF_AN_HOUR_S = 1800.0
+P99 = "p99 beside no attack of the last 5 minutes at most 10% above that of the first"
 TIMES_S = np.arange(0, HALF_AN_HOUR_S, 5.0)
 KIND_BY_NAME = {kind.name: kind for kind in KINDS}
 
@@ -147,9 +148,7 @@ def test_growth_that_cannot_be_ruled_out_fails_too() -> None:
 
 def test_slower_answers_at_the_end_are_found() -> None:
     growing_s = STEADY_S * np.linspace(1, 1.3, len(STEADY_S))
-    assert failed(build_report(about_of(FLAT), samples_of(growing_s))) == [
-        "p99 beside no attack of the last 5 minutes at most 10% above that of the first"
-    ]
+    assert failed(build_report(about_of(FLAT), samples_of(growing_s))) == [P99]
 
 
 def test_short_soak_says_nothing_of_slope_and_p99() -> None:
@@ -233,6 +232,21 @@ def test_attack_that_is_not_refused_is_named(change: dict[str, int]) -> None:
     assert not report.passed
 
 
+def test_attack_may_be_told_to_come_again() -> None:
+    about, samples = attacked(STEADY_S)
+    samples.records["status"][500] = 503
+    report = build_report(about, samples)
+    assert report.passed
+    assert found_by(report, ATTACKS_REFUSED) == (True, "180 of 180, 1 of them with 503 beside costly neighbours")
+
+
+def test_p99_is_not_judged_where_attacks_were_always_in_flight() -> None:
+    about, samples = attacked(STEADY_S)
+    samples.records["done_s"][::100] += HALF_AN_HOUR_S
+    report = build_report(about, samples)
+    assert found_by(report, P99)[0] is None
+
+
 def test_attack_that_was_never_sent_is_named_and_not_judged() -> None:
     report = build_report(about_of(FLAT, attacks=[ATTACK]), samples_of(STEADY_S))
     assert found_by(report, ATTACKS_REFUSED) == (None, f"0 of 0; not sent in this time: {ATTACK}")
@@ -259,6 +273,15 @@ def test_late_answers_are_named(row: int, latency_s: float, name: str | None) ->
     assert found == f"{count} of 18,000, the slowest took {latency_s:.2f} s" + (f"; late: {name} (1)" if name else "")
 
 
+def test_many_late_kinds_are_counted() -> None:
+    samples = samples_of(np.full(1800, 4.0))
+    samples.records["call"] = np.arange(1800) % 12
+    samples = Samples(tuple(f"kind {n}" for n in range(12)), samples.records, HALF_AN_HOUR_S, 10.0, 1, 0.1, {})
+    _, found = found_by(build_report(about_of(FLAT), samples), LATE)
+    assert found.startswith("1,800 of 1,800, the slowest took 4.00 s; late: kind 0 (150); ")
+    assert found.endswith("kind 9 (150) and 2 other kinds")
+
+
 def test_neighbours_of_an_attack_say_nothing_of_the_p99() -> None:
     """Whatever happens in the last five minutes while attacks are on their way; the same without attacks is found."""
     latencies_s = STEADY_S.copy()
@@ -267,9 +290,7 @@ def test_neighbours_of_an_attack_say_nothing_of_the_p99() -> None:
         latencies_s[17_000 + after :: 100] = 0.5
     about, samples = attacked(latencies_s)
     assert build_report(about, samples).passed
-    assert failed(build_report(about | {"attacks": []}, samples)) == [
-        "p99 beside no attack of the last 5 minutes at most 10% above that of the first"
-    ]
+    assert failed(build_report(about | {"attacks": []}, samples)) == [P99]
 
 
 def test_processes_that_cannot_be_seen_are_not_judged() -> None:
@@ -429,7 +450,9 @@ def test_answer_that_belongs_to_another_request_is_wrong(traffic: Traffic) -> No
         ("JSON, digits", (400, error_of("MalformedJSON")), (400, error_of("MalformedJSON")), True),
         ("JSON, digits", (400, error_of("MalformedJSON")), (400, error_of("WrongShape")), False),
         ("JSON, digits", (400, error_of("MalformedJSON")), (200, b'{"digit": 1}'), False),
-        ("JSON, digits", (400, error_of("MalformedJSON")), (503, error_of("Overloaded")), False),
+        ("JSON, digits", (400, error_of("MalformedJSON")), (503, error_of("Overloaded")), True),
+        ("JSON, digits", (400, error_of("MalformedJSON")), (503, b"{}"), False),
+        ("JSON, digits", (400, error_of("MalformedJSON")), (500, error_of("Overloaded")), False),
         ("TIFF, tiles with padding of their own", (200, b'{"digit": 1}'), (413, error_of("ImageTooLarge")), True),
         ("TIFF, tiles with padding of their own", (413, error_of("ImageTooLarge")), (200, b'{"digit": 1}'), True),
         ("TIFF, tiles with padding of their own", (200, b'{"digit": 1}'), (200, b'{"digit": 1}'), True),
