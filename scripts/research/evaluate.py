@@ -57,6 +57,7 @@ from scripts.research.faithfulness import (
 )
 
 RANDOM_NETWORKS = 5  # for each set of layers that gets random weights
+RANDOMISED_IMAGES = 200  # whose maps these networks make: with methods that sample it is most of the work
 DIFFERENCE_IMAGES = 20  # compared with central differences; each takes 3,136 forward passes
 EXAMPLES = 8  # images on the page
 
@@ -151,8 +152,9 @@ def measure_repeats(network: nn.Module, pixels: torch.Tensor, maps: Mapping[str,
 
 
 def measure_randomisation(network: nn.Module, pixels: torch.Tensor, maps: Mapping[str, torch.Tensor], seed: int) -> Table:
-    """Measure how like the maps of the network and of networks with random weights are, for the same class."""
+    """Measure how like the maps of the network and of networks with random weights are, for the same class and some images."""
     random = np.random.default_rng(seed)
+    pixels, maps = pixels[:RANDOMISED_IMAGES], {method: some_maps[:RANDOMISED_IMAGES] for method, some_maps in maps.items()}
     predicted = predict(network, pixels).argmax(dim=1)
     rows = {}
     for method, some_maps in maps.items():
@@ -166,7 +168,8 @@ def measure_randomisation(network: nn.Module, pixels: torch.Tensor, maps: Mappin
             rows[f"{method}, {name}"] = tuple(Estimate.of(np.mean(found, axis=0), random) for found in (signed, absolute))
     note = (
         "Spearman's correlation of maps before and after layers got new random weights, for the same class; the mean over "
-        f"{RANDOM_NETWORKS} random networks. Nearer to zero is better: a map that stays does not show what was learned."
+        f"{RANDOM_NETWORKS} random networks and {len(pixels)} images. Nearer to zero is better: a map that stays does not show "
+        "what was learned."
     )
     return Table("randomisation", "Random weights, another map", note, ("signed", "absolute"), rows)
 
