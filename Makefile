@@ -85,7 +85,7 @@ fuzz: .venv/.installed-fuzz ## fuzz the path of a request for ten minutes, guide
 fuzz-http: .venv/.installed-dev build/digits.mar ## spoil valid requests and send them to a real server for ten minutes; ARGS="--seconds 60"
 	$(BIN)/python -m tests.fuzz_http $(ARGS)
 
-train: .venv/.installed ## train the network again (twenty minutes on two cores, three on a GPU); DATA_DIR=... ARGS="--device cuda"
+train: .venv/.installed ## train the network again (a quarter of an hour); DATA_DIR=... ARGS="--device cuda"
 	$(BIN)/python -m model.train --data-dir $(DATA_DIR) $(ARGS)
 
 digits: .venv/.installed ## draw the test digits again

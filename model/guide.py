@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-ERASED_SHARE = 0.25  # share of a batch's rows that are seen a second time without their most salient pixels
+ERASED_SHARE = 0.15  # share of a batch's rows that are seen a second time without their most salient pixels
 KEPT_SHARE = 0.25  # and of other rows, with their most salient pixels alone
 MIN_PIXELS = 28  # erased or kept, drawn for each row
 MAX_ERASED = 168  # pixels; a digit has some 150 of ink
