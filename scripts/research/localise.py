@@ -28,7 +28,7 @@ from scripts.command_line import HelpFormatter
 from scripts.paths import BUILD, MODEL_NAME
 from scripts.serving.explain import ExplainError, request_explanation
 
-SEED_QUANTILE = 0.95  # of the absolute map: the pixels at and above it are the seed of the foreground
+SEED_QUANTILE = 0.8  # of the absolute map where it is not zero: about as many pixels as a digit has of ink seed the foreground
 # GrabCut has every pixel on one side from the start, so all others start as background, and may change sides. The paper fixes the
 # lowest 30 % as background: that would cut holes into broad strokes, in the middle of which the gradient is as small as on paper.
 ITERATIONS = 5
@@ -71,7 +71,9 @@ def localise(grey: NDArray[np.float32], saliency: NDArray[np.float32]) -> Locati
     height, width = (max(1, round(length * scale)) for length in grey.shape)
     levels = np.rint(np.clip(_resize(grey, height, width), 0, 1) * 255).astype(np.uint8)
     sizes = _resize(np.abs(saliency), height, width)
-    seed = (sizes >= np.quantile(sizes, SEED_QUANTILE)) & (sizes > sizes.min())  # also where many are the largest, or zero
+    seed = sizes > sizes.min()  # nowhere, where the map is flat
+    if seed.any():
+        seed &= sizes >= np.quantile(sizes[sizes > 0], SEED_QUANTILE)
     if not seed.any():
         raise LocaliseError("the map is flat: no pixel is more salient than the others")
     sides = np.where(seed, cv2.GC_PR_FGD, cv2.GC_PR_BGD).astype(np.uint8)  # (height, width), changed in place

@@ -18,6 +18,7 @@ from torch import nn
 from handler.errors import BlankImage
 from handler.images.digits import prepare_digit
 from handler.images.framing import MNIST_FRAMING, Framing, has_framing, have_framing
+from handler.runtime.calibration import read_calibration
 from model.data import load_mnist
 from scripts.paths import DATA_DIR, ROOT, SAMPLE_FILES
 from tests.conftest import label_of
@@ -73,17 +74,23 @@ KINDS: dict[str, Callable[[Grey], Grey]] = {
     "divided by 255 twice": lambda grey: grey / 255,
     "mask of 0 and 1, enlarged": lambda grey: enlarged(np.round(grey)) / 255,
 }
-MOST_WRONG = 1  # of 50, of each kind
+MOST_WRONG, MOST_WRONG_UNWARNED = 2, 1  # of 50, of each kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_digits_of_every_kind_are_read_rightly(network: nn.Module, kind: str) -> None:
-    right = 0
+    """Strokes of one pixel leave little to read: one digit more may be wrong where the reply warns of it."""
+    calibration = read_calibration(ROOT / "model")
+    wrong = unwarned = 0
     for file in SAMPLE_FILES:
         grey = np.asarray(Image.open(file), dtype=np.float32) / np.float32(255)
         pixels = prepare_digit(np.ascontiguousarray(KINDS[kind](grey), dtype=np.float32), 28, 28).pixels
-        right += int(network(torch.from_numpy(np.ascontiguousarray(pixels))[None, None]).argmax()) == label_of(file)
-    assert right >= len(SAMPLE_FILES) - MOST_WRONG
+        logits = network(torch.from_numpy(np.ascontiguousarray(pixels))[None, None]).detach().numpy()
+        if logits.argmax() != label_of(file):
+            wrong += 1
+            unwarned += not calibration.warnings(logits)[0]
+    assert wrong <= MOST_WRONG
+    assert unwarned <= MOST_WRONG_UNWARNED
 
 
 def test_what_has_the_framing_is_not_touched(digit_pixels: Grey) -> None:
