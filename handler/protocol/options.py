@@ -248,13 +248,14 @@ def _read_flag(name: str, value: object) -> bool:
 
 
 def _read_number(name: str, value: object, accepted: Range) -> float:
+    number = value  # the message below shows what was sent
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}(\.[0-9]{1,9})?", value):
-        value = float(value)
-    if _is_number(value) and accepted.lowest <= value <= accepted.highest:  # false for NaN
+        number = float(value)
+    if _is_number(number) and accepted.lowest <= number <= accepted.highest:  # false for NaN
         if not accepted.whole:
-            return float(value)
-        if value == int(value):
-            return int(value)
+            return float(number)
+        if number == int(number):
+            return int(number)
     raise InvalidOption(f"expected {accepted_values(accepted, 0)[0]} as {name!r}, got {shown(value)}")
 
 
@@ -281,10 +282,11 @@ def _read_targets(name: str, value: object, class_count: int) -> Targets:
 def _read_class(name: str, value: object, class_count: int) -> int | None:
     if value == "predicted":
         return None
+    number = value  # the message below shows what was sent
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(\.0{1,9})?", value):
-        value = float(value)
-    if _is_number(value) and 0 <= value < class_count and value == int(value):
-        return int(value)
+        number = float(value)
+    if _is_number(number) and 0 <= number < class_count and number == int(number):
+        return int(number)
     raise InvalidOption(
         f"expected a class from 0 to {class_count - 1}, 'predicted', a list of these, or 'all' as {name!r}, got {shown(value)}"
     )

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from handler.gradients.methods import (
     SmoothGrad,
 )
 from handler.images.preparation import Prepare
-from handler.protocol.options import Encoding, Options, Targets
+from handler.protocol.options import Encoding, Options, Targets, read_value
 from handler.protocol.request import Part, ReplyFormat, Request, parse_request, read_correlation_id
 from handler.render.drawing import Background, Colormap, Layout, Polarity, Style
 
@@ -340,6 +341,12 @@ def test_target_that_is_no_class_is_refused(value: object) -> None:
 def test_value_that_an_option_does_not_take_is_refused(name: str, value: object, accepted: str) -> None:
     with pytest.raises(InvalidOption, match=rf"^expected .*{accepted}.* as '{name}', got "):
         parse({"body": {"data": BASE64, name: value}}, JSON_HEADERS)
+
+
+@pytest.mark.parametrize(("name", "text"), [("target", "10"), ("target", "10.0"), ("samples", "100000"), ("noise", "7.50")])
+def test_refused_number_is_shown_as_it_was_sent(name: str, text: str) -> None:
+    with pytest.raises(InvalidOption, match=rf"as '{name}', got '{re.escape(text)}'$"):
+        read_value(name, text, class_count=10)
 
 
 def test_options_of_a_image_are_read_together_from_fields_and_headers() -> None:
