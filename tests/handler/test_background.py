@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from handler.protocol.request import parse_request
 from handler.render.drawing import DIVERGING, Background, Colormap, Layout, Polarity, Row, Style, draw
 from handler.saliency_handler import SaliencyHandler
 from scripts.paths import SAMPLE_FILES
-from tests.worker import answer, context_for
+from tests.worker import answer
 
 Levels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -164,13 +163,6 @@ def test_small_image_is_kept_as_it_is() -> None:
 
 
 # --- through the handler
-
-
-@pytest.fixture
-def handler(unpack: Callable[[], Path]) -> SaliencyHandler:
-    saliency_handler = SaliencyHandler()
-    saliency_handler.initialize(context_for(unpack()))
-    return saliency_handler
 
 
 def explain(handler: SaliencyHandler, tmp_path: Path, row: dict[str, Any], accept: str = "image/png") -> tuple[int, bytes]:

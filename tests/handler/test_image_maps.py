@@ -2,14 +2,12 @@
 
 import base64
 import json
-from collections.abc import Callable
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
@@ -18,7 +16,7 @@ from handler.images.decode import decode_image
 from handler.saliency_handler import SaliencyHandler
 from model.photograph import SCENES, ink_of, photograph
 from scripts.paths import SAMPLE_FILES
-from tests.worker import answer, context_for
+from tests.worker import answer
 
 PHOTOGRAPH_COUNT = 30
 FIRST_SEED = 5000  # the preparation's constants were chosen on photographs of other seeds
@@ -67,13 +65,6 @@ def patches(levels: NDArray[Any], reply: dict[str, Any], random: np.random.Gener
                 copy[y : y + side, x : x + side] = np.clip(copy[y : y + side, x : x + side] + step, 0, 255)
                 changed.append((name, copy))
     return changed
-
-
-@pytest.fixture
-def handler(unpack: Callable[[], Path]) -> SaliencyHandler:
-    saliency_handler = SaliencyHandler()
-    saliency_handler.initialize(context_for(unpack()))
-    return saliency_handler
 
 
 def test_map_predicts_what_a_changed_photograph_is_answered(handler: SaliencyHandler, tmp_path: Path) -> None:

@@ -45,13 +45,6 @@ FILE = SAMPLE_FILES[36]  # a seven
 IMAGE = dithered_png(FILE)
 
 
-@pytest.fixture
-def handler(unpack: Callable[[], Path]) -> SaliencyHandler:
-    saliency_handler = SaliencyHandler()
-    saliency_handler.initialize(context_for(unpack()))
-    return saliency_handler
-
-
 def test_every_row_of_a_mixed_batch_gets_the_answer_that_it_gets_alone(handler: SaliencyHandler, tmp_path: Path) -> None:
     together = answer(handler, MIXED, tmp_path / "unpacked")
     assert [status for status, _, _ in together] == [200, 200, 200, 400, 200, 400, 200, 400, 200]
