@@ -3,9 +3,9 @@
     python -m scripts.bench.benchmark_bulk
 
 The loop reads files in batches and has the archive's handler answer them, in as many processes, and keeps nothing. Bulk does that
-and checks, sends, writes and flushes Parquet files. Rounds take turns, starts are left out, and medians count. With `--ray-nodes`
-the same for Ray on a simulated cluster, whose nodes have one CPU each. Where other programs share the machine, processor time
-says more than rates do.
+and checks, sends, writes and flushes Parquet files. The loop runs with the archive's own batches, and again with bulk's larger
+ones. Rounds take turns, starts are left out, and medians count. With `--ray-nodes` the same for Ray on a simulated cluster, whose
+nodes have one CPU each. Where other programs share the machine, processor time says more than rates do.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import psutil
 
 from scripts.bench.arguments import read_count
 from scripts.bench.machine import command_of, describe_machine, join_facts
-from scripts.bulk.command import headers_of, unpack
+from scripts.bulk.command import choose_batch_size, headers_of, unpack
 from scripts.bulk.explainer_process import load_handler
 from scripts.bulk.job import Job, Shard, split
 from scripts.bulk.processes import Archive
@@ -40,7 +40,7 @@ from scripts.bulk.storage import JOB_FOLDER, LocalStorage
 from scripts.command_line import HelpFormatter
 from scripts.paths import ARCHIVE, ROOT, SAMPLE_FILES
 
-LOOP, BULK, RAY = "loop", "bulk", "Ray"
+LOOP, LARGER_LOOP, BULK, RAY = "loop", "loop with bulk's batches", "bulk", "Ray"
 PACKAGES = ("torch", "torchserve", "numpy", "pillow", "pyarrow", "ray")
 
 Run = Callable[[], None]  # answers all images once
@@ -212,13 +212,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         images, _ = list_images([str(file) for file in files])
         archive = Archive(folder / "archive", headers, folder)
         with archive.start(0, None) as first:
-            model, batch_size = first.description.model, first.description.batch_size
+            model, archive_batch_size = first.description.model, first.description.batch_size
+        batch_size = choose_batch_size("cpu", archive_batch_size, {})
         job = Job(checksum, model, {}, None, arguments.shard_size, len(files))
         shards = list(split(job, images))
         storage = LocalStorage(folder / "out")
         (storage.folder / JOB_FOLDER).mkdir(parents=True)
         runs: dict[str, Run] = {
-            LOOP: stack.enter_context(loop_runner(folder / "archive", files, headers, batch_size, arguments.processes)),
+            LOOP: stack.enter_context(loop_runner(folder / "archive", files, headers, archive_batch_size, arguments.processes)),
+            LARGER_LOOP: stack.enter_context(loop_runner(folder / "archive", files, headers, batch_size, arguments.processes)),
             BULK: stack.enter_context(bulk_runner(archive, job, shards, storage, batch_size, arguments.processes)),
         }
         if arguments.ray_nodes:

@@ -19,7 +19,7 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from handler.protocol.options import OPTIONS, STYLE_OPTIONS, accepted_values, header_of
+from handler.protocol.options import OPTIONS, STYLE_OPTIONS, Space, accepted_values, header_of
 from handler.protocol.request import ROUTE_HEADER
 from scripts.bulk.errors import BulkError
 from scripts.bulk.explainer import Explainer
@@ -35,6 +35,7 @@ MAX_SHARD_SIZE = 10_000  # images; with one map each, 32 MB
 MIN_SHARD_SIZE = 100  # so that starting and finishing a file is next to nothing beside them
 SHARDS_A_PROCESS = 4  # where there are few images, so that processes end at about the same time
 OF_A_REPLY = {"encoding", *STYLE_OPTIONS}  # options that say how a reply is written, and nothing of the image
+BATCH_SIZES = {"cpu": 64, "cuda": 256}  # images, where the archive's own are fewer: nobody waits for one of them
 CLASSES_NAMED = 10  # in --help, of the digits' archive; another has its own
 LOG_INTERVAL_S = 10.0  # between two lines of progress, where nobody watches
 EXIT_STOPPED = 128  # and the signal's number
@@ -68,7 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard-size", type=_read_count, metavar="N", help=f"images a file; default: {MAX_SHARD_SIZE:,}, fewer of few"
     )
-    parser.add_argument("--batch-size", type=_read_count, metavar="N", help="images answered at once; default: the archive's own")
+    sizes = "64 on a CPU, 256 on a GPU, or the archive's own if it is larger"
+    parser.add_argument("--batch-size", type=_read_count, metavar="N", help=f"images answered at once; default: {sizes}")
     where = parser.add_argument_group("where it runs")
     where.add_argument("--processes", type=_read_count, metavar="N", help="default: one a core; with --device cuda one a GPU")
     where.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="CPU, or all GPUs that PyTorch sees")
@@ -102,8 +104,8 @@ def options_of(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def headers_of(options: Mapping[str, str]) -> dict[str, str]:
-    """Make the headers that a request with these options has. It explains, unless `explain` says otherwise."""
-    return {ROUTE_HEADER: "False"} | {header_of(name): value for name, value in {"explain": "true", **options}.items()}
+    """Make the headers of a request with these options, on the route that explains, unless they say `explain` themselves."""
+    return {ROUTE_HEADER: str("explain" not in options)} | {header_of(name): value for name, value in options.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -204,6 +206,17 @@ def _shard_size(image_count: int, process_count: int) -> int:
     return min(MAX_SHARD_SIZE, max(MIN_SHARD_SIZE, -(-image_count // (process_count * SHARDS_A_PROCESS))))
 
 
+def choose_batch_size(device: str, archive_size: int, options: Mapping[str, str]) -> int:
+    """Choose how many images are answered at once: more than the archive says, which has a server's clients in mind.
+
+    Args:
+        device: "cpu" or "cuda".
+        archive_size: the archive's own, images.
+        options: of the job. Maps in the pixels of large images take memory: of them, no more than the archive says.
+    """
+    return archive_size if options.get("space") == Space.IMAGE else max(archive_size, BATCH_SIZES[device])
+
+
 def _choose_devices(arguments: argparse.Namespace) -> list[int | None]:
     """Name a GPU for each process on this machine, or None for the CPU. A cluster has its own."""
     if arguments.device == "cpu" or arguments.ray is not None:
@@ -231,7 +244,7 @@ def _run_shards(
     done = {shard.number: read_outcome(storage, job, shard) for shard in shards if shard.file_name in there}
     outcomes = [outcome for outcome in done.values() if outcome is not None]
     left = [shard for shard in shards if done.get(shard.number) is None]
-    batch_size = arguments.batch_size or first.description.batch_size
+    batch_size = arguments.batch_size or choose_batch_size(arguments.device, first.description.batch_size, job.options)
     bar = tqdm(
         total=job.image_count,
         initial=sum(outcome.image_count for outcome in outcomes),

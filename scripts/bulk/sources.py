@@ -334,7 +334,7 @@ def read_file(file: bytes) -> bytes | ImageProblem:
             if status.st_size > MAX_BODY_BYTES:
                 return _too_large(status.st_size)
             content = b""
-            while piece := os.read(descriptor, max(status.st_size, 1) - len(content)):
+            while len(content) < status.st_size and (piece := os.read(descriptor, status.st_size - len(content))):
                 content += piece
             return content
         finally:

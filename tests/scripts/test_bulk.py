@@ -25,7 +25,7 @@ from handler.errors import ClientError
 from handler.preprocess import preprocess
 from handler.protocol.options import OPTIONS
 from handler.protocol.request import parse_request
-from scripts.bulk.command import OF_A_REPLY, build_parser, main
+from scripts.bulk.command import OF_A_REPLY, build_parser, choose_batch_size, main
 from scripts.bulk.explainer_process import join_batch, split_batch
 from scripts.bulk.mean_maps import main as draw_mean_maps
 from scripts.bulk.mean_maps import mean_maps
@@ -561,6 +561,20 @@ def test_a_disk_without_room_ends_the_job_in_a_sentence(archive: Path, tmp_path:
 
 
 # --- parts
+
+
+@pytest.mark.parametrize(
+    ("device", "archive_size", "options", "expected"),
+    [
+        ("cpu", 32, {}, 64),
+        ("cuda", 16, {"target": "all"}, 256),
+        ("cpu", 500, {}, 500),  # the archive's own are larger
+        ("cpu", 32, {"space": "image"}, 32),  # whose maps are as large as the images
+        ("cuda", 16, {"space": "canonical"}, 256),
+    ],
+)
+def test_batches_are_larger_than_a_server_s(device: str, archive_size: int, options: dict[str, str], expected: int) -> None:
+    assert choose_batch_size(device, archive_size, options) == expected
 
 
 def test_a_batch_is_taken_apart_as_it_was_put_together() -> None:
