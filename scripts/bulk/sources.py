@@ -40,6 +40,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".di
 COMPRESSED_TAR = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2|txz)$")
 URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 BLOCK_BYTES = 512  # of a tar
+MAX_MEMBER_BYTES = 2**50  # of a tar; a header may say anything
 PIECE_BYTES = 1024 * 1024  # of a Parquet file that are read at once
 ROWS_READ = 32  # of a Parquet file at once
 TRIES = 3  # to read from a URL; the pause before each doubles
@@ -217,17 +218,20 @@ def _list_file(file: bytes, found: _List) -> None:
 def _list_tar(file: bytes, found: _List) -> None:
     """List the images of a tar file: of each sample (members of one name up to the first dot) those with an image's suffix.
 
-    Of a sample without any, all members are listed, so that nothing is passed over in silence.
+    Of a sample without any, all members are listed, so that nothing is passed over in silence; nor is a link.
     """
-    members: list[tuple[str, int, int]] = []  # name, place, size of those that are plain files
+    members: list[tuple[str, int | None, int]] = []  # name, place, size; no place where it is no plain file
     problem = None
     try:
         with open_source(file) as opened:
             try:
                 with tarfile.open(fileobj=opened, mode="r:") as archive:
                     for member in archive:
-                        if member.isreg() and not member.issparse():
-                            members.append((member.name, member.offset_data, member.size))
+                        if not 0 <= member.size <= MAX_MEMBER_BYTES:  # what is behind it would be looked for anywhere
+                            raise tarfile.ReadError(f"a member of {member.size:,} bytes")
+                        is_plain = member.isreg() and not member.issparse()
+                        if not member.isdir():
+                            members.append((member.name, member.offset_data if is_plain else None, member.size))
                     end = archive.offset
             except (tarfile.TarError, ValueError, OverflowError) as error:
                 problem = f"expected a whole tar file, got one that is damaged after {len(members):,} members: {error}"
@@ -240,7 +244,12 @@ def _list_tar(file: bytes, found: _List) -> None:
     samples = {_sample_of(name) for name, _, _ in members if _is_image(name)}
     images = [member for member in members if _is_image(member[0]) or _sample_of(member[0]) not in samples]
     found.field_count += len(members) - len(images)
-    found.add(file, TAR, ((name.encode("utf-8", "surrogateescape"), place, size) for name, place, size in images))
+    for text, place, size in images:
+        name = text.encode("utf-8", "surrogateescape")
+        if place is None:
+            found.add_problem(file + b"/" + name, "expected a plain file in a tar file, got a link, a sparse file, or the like")
+        else:
+            found.append(file, TAR, name, place, size, None)
     if problem is not None:
         found.add_problem(file, problem)
 
@@ -258,15 +267,17 @@ def _list_parquet(file: bytes, found: _List) -> None:
     try:
         with open_source(file) as opened, pq.ParquetFile(opened) as parquet:
             schema, row_count = parquet.schema_arrow, parquet.metadata.num_rows
-    except (OSError, pa.ArrowException) as error:
+            names = ", ".join(schema.names)
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         found.add_problem(file, f"expected a Parquet file that can be read: {_first_line(error)}")
+        return
+    if not any(_holds_images(field.type) for field in schema):  # such as a table about the images beside it
+        found.add_problem(file, f"expected a column of binary values in a Parquet file, got {names or 'none'}")
         return
     column = find_image_column(schema, found.column)
     if column is None:
         named = "a column of binary values" if found.column is None else f"the binary column {found.column!r}"
-        raise BulkError(
-            f"expected {named} in {shown_name(file)}, or name one with --column: it has {', '.join(map(str, schema.names))}"
-        )
+        raise BulkError(f"expected {named} in {shown_name(file)}, or name one with --column: it has {names}")
     found.add(file, PARQUET, ((None, row, None) for row in range(row_count)))
 
 
@@ -284,6 +295,8 @@ def find_image_column(schema: pa.Schema, name: str | None) -> str | None:
 
 
 def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _holds_images(kind.value_type)
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _holds_images(kind.field("bytes").type)
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
@@ -384,7 +397,7 @@ def _read_members(file: bytes, rows: Sequence[dict[str, Any]]) -> Iterator[bytes
 
 def _read_rows(file: bytes, places: Sequence[int], column: str | None) -> Iterator[bytes | ImageProblem]:
     """Read rows of a Parquet file that follow each other."""
-    given = 0
+    given, what = 0, "fewer rows than when it was listed"
     try:
         # Without `pre_buffer`, a piece is read at a time, and not a whole row group, which may hold all of a data set.
         with open_source(file) as opened, pq.ParquetFile(opened, buffer_size=PIECE_BYTES, pre_buffer=False) as parquet:
@@ -405,11 +418,12 @@ def _read_rows(file: bytes, places: Sequence[int], column: str | None) -> Iterat
                         given += 1
                         yield _read_value(value)
                     row += 1
-    except (pa.ArrowException, OSError, IndexError, KeyError) as error:
+    except (pa.ArrowException, OSError, LookupError, UnicodeDecodeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             _problem_of(error)
-        problem = ImageProblem("UnreadableFile", f"expected a Parquet file that can be read: {_first_line(error)}")
-        yield from [problem] * (len(places) - given)
+        what = _first_line(error)
+    problem = ImageProblem("UnreadableFile", f"expected a Parquet file that can be read: {what}")
+    yield from [problem] * (len(places) - given)
 
 
 def _read_value(value: pa.Scalar) -> bytes | ImageProblem:

@@ -26,6 +26,7 @@ from handler.preprocess import preprocess
 from handler.protocol.options import OPTIONS
 from handler.protocol.request import parse_request
 from scripts.bulk.command import OF_A_REPLY, build_parser, choose_batch_size, main
+from scripts.bulk.errors import ImageProblem
 from scripts.bulk.explainer_process import join_batch, split_batch
 from scripts.bulk.mean_maps import main as draw_mean_maps
 from scripts.bulk.mean_maps import mean_maps
@@ -249,11 +250,42 @@ def test_a_damaged_tar_gives_what_is_whole_and_a_row_that_says_so(tmp_path: Path
     assert list(read_images(images))[:-1] == [b"1" * 512][: images.num_rows - 1]
 
 
-@pytest.mark.parametrize("kind", ["binary", "Hugging Face"])
+def test_links_in_a_tar_file_get_a_row_that_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(b"1")
+    os.link(folder / "a.png", folder / "b.png")
+    (folder / "c.png").symlink_to("a.png")
+    with tarfile.open(tmp_path / "shard.tar", "w") as opened:
+        opened.add(folder, "images")
+    images, _ = list_images([str(tmp_path / "shard.tar")])
+    assert names_of(images) == ["a.png", "b.png", "c.png"]
+    content, *problems = read_images(images)
+    message = "expected a plain file in a tar file, got a link, a sparse file, or the like"
+    assert [content, *problems] == [b"1", *[ImageProblem("UnreadableFile", message)] * 2]
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, b"Z"], ids=["file", "unknown"])
+@pytest.mark.parametrize("size", ["-5", "-1024", "9" * 23])
+def test_a_tar_file_whose_members_have_no_possible_size_is_damaged(tmp_path: Path, size: str, kind: bytes) -> None:
+    spoiled = tarfile.TarInfo("b.png")
+    spoiled.type, spoiled.pax_headers = kind, {"size": size}
+    whole = tar_of(tmp_path / "shard.tar", {"a.png": b"1" * 512}).read_bytes()[:1024]
+    (tmp_path / "shard.tar").write_bytes(whole + spoiled.tobuf(tarfile.PAX_FORMAT) + bytes(10_240))
+    images, _ = list_images([str(tmp_path / "shard.tar")])
+    content, problem = read_images(images)
+    assert content == b"1" * 512
+    assert isinstance(problem, ImageProblem)
+    assert f"damaged after 1 members: a member of {int(size):,} bytes" in problem.message
+
+
+@pytest.mark.parametrize("kind", ["binary", "dictionary", "Hugging Face"])
 def test_parquet_rows_are_read_in_order(tmp_path: Path, kind: str) -> None:
     contents: list[Any] = [b"%d" % index for index in range(100)]
     contents[7] = None
     column = pa.array(contents, pa.binary())
+    if kind == "dictionary":  # as writers keep values that repeat
+        column = column.dictionary_encode()
     if kind == "Hugging Face":
         paths = pa.array([f"{index}.png" for index in range(100)])
         column = pa.StructArray.from_arrays([column, paths], ["bytes", "path"])
@@ -276,6 +308,37 @@ def test_a_parquet_file_with_several_columns_of_bytes_asks_which(
     assert explain([file], archive, tmp_path / "out", "--column", "left") == 0
     (row,) = table_of(tmp_path / "out").select(["path", "class"]).to_pylist()
     assert row == {"path": f"{file}#0", "class": 0}
+
+
+def test_a_table_about_the_images_is_a_row_that_says_so(tmp_path: Path) -> None:
+    folder = copy_samples(tmp_path / "images", 1)
+    pq.write_table(pa.table({"file_name": ["0000.png"], "label": [0]}), folder / "metadata.parquet")
+    _, problem = read_images(list_images([str(folder)])[0])
+    message = "expected a column of binary values in a Parquet file, got file_name, label"
+    assert problem == ImageProblem("UnreadableFile", message)
+
+
+@pytest.mark.parametrize("listed", [(0, 100), (30, 40)], ids=["all", "a shard behind its end"])
+def test_a_parquet_file_that_loses_rows_after_it_was_listed_keeps_each_row_s_place(
+    tmp_path: Path, listed: tuple[int, int]
+) -> None:
+    file = tmp_path / "images.parquet"
+    pq.write_table(pa.table({"image": [b"%d" % index for index in range(100)]}), file, row_group_size=20)
+    images = list_images([str(file)])[0].slice(*listed)
+    pq.write_table(pa.table({"image": [b"%d" % index for index in range(10)]}), file)
+    read = list(read_images(images))
+    left = [b"%d" % index for index in range(10)] if listed[0] == 0 else []
+    message = "expected a Parquet file that can be read: fewer rows than when it was listed"
+    assert read == left + [ImageProblem("UnreadableFile", message)] * (listed[1] - len(left))
+
+
+def test_a_parquet_file_whose_names_are_no_text_is_a_row_that_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "images.parquet"
+    pq.write_table(pa.table({"image": [b"1"], "label": [1]}), file, store_schema=False)
+    file.write_bytes(file.read_bytes().replace(b"label", b"l\xffbel"))
+    (problem,) = read_images(list_images([str(file)])[0])
+    assert isinstance(problem, ImageProblem)
+    assert problem.message.startswith("expected a Parquet file that can be read: ")
 
 
 def test_folders_are_read_once_whatever_links_there_are(tmp_path: Path) -> None:
