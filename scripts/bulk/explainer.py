@@ -241,6 +241,8 @@ class Explainer:
                 stdout=log,
                 stderr=log,
             )
+        if self._is_stopped:  # by `stop` meanwhile, which has ended the process before this one
+            self._process.kill()
         timeout = struct.pack("ll", SEND_TIMEOUT_S, 0)
         here.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeout)  # a process that hangs takes no more
         self._channel = here

@@ -79,6 +79,11 @@ class _List:
         for column, value in zip(self.columns.values(), values, strict=True):
             column.append(value)
 
+    def is_output(self, folder: Path) -> bool:
+        """Whether it is the output folder, or lies below."""
+        real = folder.resolve()
+        return self.output is not None and any(_identity_of(one.stat()) == self.output for one in (real, *real.parents))
+
     def add_problem(self, file: bytes, problem: str) -> None:
         self.append(file, PROBLEM, None, None, None, problem)
 
@@ -117,10 +122,13 @@ def _list_local(argument: str, found: _List) -> None:
     if os.path.lexists(path):
         paths = [path]
     elif glob.has_magic(argument):
-        matches = glob.iglob(argument, recursive=True)  # noqa: PTH207  # Path.glob takes no absolute patterns
-        paths = sorted(map(_absolute, matches))
-        if not paths:
+        matches = {_absolute(match) for match in _matches(os.path.join(os.curdir, argument))}  # noqa: PTH118
+        if not matches:
             raise BulkError(f"nothing matches {argument!r}")
+        in_output = {folder: found.is_output(folder) for folder in {match.parent for match in matches}}
+        paths = sorted(match for match in matches if not in_output[match.parent])
+        if len(paths) < len(matches):
+            found.notes.append(f"what {argument} matches in the output folder is left out")
     else:
         raise BulkError(f"there is no {argument!r}")
     for one in paths:
@@ -128,6 +136,23 @@ def _list_local(argument: str, found: _List) -> None:
             _list_folder(one, found)
         else:
             _list_file(os.fsencode(one), found)
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    """Find what matches a pattern. Each folder that `**` stands for is met once: links may lead in circles."""
+    top, stars, rest = f"{pattern}/".partition("/**/")
+    if not stars:
+        yield from glob.iglob(pattern)  # noqa: PTH207  # Path.glob takes no absolute patterns
+        return
+    met = set()
+    for start in glob.iglob(top or "/"):  # noqa: PTH207
+        for folder, subfolders, _ in os.walk(start, followlinks=True):
+            identity = _identity_of(os.stat(folder))  # noqa: PTH116
+            is_new = identity not in met
+            met.add(identity)
+            subfolders[:] = sorted(one for one in subfolders if is_new and not one.startswith("."))
+            if is_new:
+                yield from _matches(os.path.join(glob.escape(folder), rest.rstrip("/"))) if rest else [folder]  # noqa: PTH118
 
 
 def _absolute(path: str) -> Path:

@@ -93,7 +93,9 @@ class LocalStorage:
                 raise BulkError(f"another job writes to {self.folder} now; wait for it or choose another --output") from error
             for left in job_folder.glob(f"*{UNFINISHED}"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
-            own = Path(tempfile.mkdtemp(prefix="process-", suffix=UNFINISHED, dir=job_folder))
+            # PYTHONPATH, which names the archive's code, has colons between folders.
+            place = None if ":" in str(job_folder) else job_folder
+            own = Path(tempfile.mkdtemp(prefix="process-", suffix=UNFINISHED, dir=place))
             try:
                 yield own
             finally:
@@ -159,7 +161,15 @@ class RemoteStorage:
 
 
 def open_storage(place: str) -> LocalStorage | RemoteStorage:
-    """Open a folder by its path, or a URL."""
+    """Open a folder by its path, or a URL.
+
+    Raises:
+        BulkError: the name is no UTF-8, which Arrow cannot write to; or the URL cannot be opened.
+    """
+    try:
+        place.encode()
+    except UnicodeEncodeError as error:
+        raise BulkError(f"expected an --output whose name is UTF-8, got {place!r}") from error
     return RemoteStorage(place.rstrip("/")) if URL.match(place) else LocalStorage(Path(os.path.normpath(Path.cwd() / place)))
 
 

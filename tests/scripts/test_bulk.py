@@ -358,6 +358,27 @@ def test_folders_are_read_once_whatever_links_there_are(tmp_path: Path) -> None:
     assert problems == ["UnreadableFile"] * 3
 
 
+@pytest.mark.timeout(30)
+def test_a_pattern_meets_each_folder_once_and_no_output(tmp_path: Path) -> None:
+    folder = copy_samples(tmp_path / "images", 1)
+    (folder / "one").symlink_to(".")
+    (folder / "two").symlink_to(".")
+    copy_samples(folder / "out", 1)
+    images, notes = list_images([f"{folder}/**/*.png"], output=folder / "out")
+    assert images["file"].to_pylist() == [os.fsencode(folder / "0000.png")]
+    assert notes == [f"what {folder}/**/*.png matches in the output folder is left out"]
+
+
+def test_an_output_folder_may_have_a_colon_and_its_name_is_text(
+    archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "2026-11-27T06:30"
+    assert explain(SAMPLE_FILES[:1], archive, output) == 0
+    assert table_of(output).num_rows == 1
+    assert explain(SAMPLE_FILES[:1], archive, Path(f"{tmp_path}/\udcff")) == 1
+    assert "expected an --output whose name is UTF-8" in capsys.readouterr().err
+
+
 def test_names_that_are_no_text_keep_their_bytes(archive: Path, tmp_path: Path) -> None:
     name = os.fsencode(tmp_path) + b"/seven\xff.png"
     shutil.copy(SAMPLE_FILES[36], os.fsdecode(name))
