@@ -41,6 +41,7 @@ TOKEN = "AAAAbbbb"
 PERMITTED = {"Authorization": f"Bearer {TOKEN}"}
 PREDICT = "/predictions/digits"
 PNG = SAMPLE_FILES[0].read_bytes()
+REFERENCE = ReferenceAnswer("ab" * 32, digit=3)
 WORKER_DIED = b'{\n  "code": 500,\n  "type": "InternalServerException",\n  "message": "Worker died."\n}\n'
 
 
@@ -50,14 +51,28 @@ class Recorder:
 
     Attributes:
         received: head and body of each request, in order.
-        replies: what is answered first: status line and body; after these 200.
+        replies: what is answered first: status line and body; after these `usual`.
         rest: what came behind a request on its connection.
+        usual: status line and body.
+        withheld: bytes at the end of each reply that are never sent: the connection ends before them.
+        may_answer: no request is answered before.
     """
 
     path: Path
     received: list[tuple[bytes, bytes]] = field(default_factory=list)
     replies: list[tuple[str, bytes]] = field(default_factory=list)
     rest: list[bytes] = field(default_factory=list)
+    usual: tuple[str, bytes] = ("200 OK", b'{"digit":0}')
+    withheld: int = 0
+    may_answer: Event | None = None
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(self.path))
+            listening.listen(1000)
+            threading.Thread(target=self.serve, args=(listening,), daemon=True).start()
+            yield
 
     def serve(self, listening: socket.socket) -> None:
         while True:
@@ -81,10 +96,13 @@ class Recorder:
             while lengths and len(body) < int(lengths[0]):
                 body += connection.recv(65536)
             self.received.append((head, body))
-            status, reply = self.replies.pop(0) if self.replies else ("200 OK", b'{"digit":0}')
-            connection.sendall(
-                f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(reply)}\r\n\r\n".encode() + reply
-            )
+            if self.may_answer is not None:
+                self.may_answer.wait(TIMEOUT_S)
+            status, reply = self.replies.pop(0) if self.replies else self.usual
+            head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(reply)}\r\n\r\n".encode()
+            connection.sendall((head + reply)[: max(0, len(head + reply) - self.withheld)])
+            if self.withheld:
+                return
             connection.settimeout(0.2)
             with contextlib.suppress(TimeoutError):
                 self.rest.append(connection.recv(65536))
@@ -150,10 +168,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fronted]:
         admin_socket=folder / "admin.sock",
     )
     envoy = Envoy(front, folder, folder / "envoy.log", concurrency=1)
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(recorder.path))
-        listening.listen(100)
-        threading.Thread(target=recorder.serve, args=(listening,), daemon=True).start()
+    with recorder.listen():
         envoy.start()
         try:
             yield Fronted(address, recorder, certificate, envoy)
@@ -581,6 +596,101 @@ def test_a_server_that_is_full_says_when_to_ask_again(fronted: Fronted, headers:
     assert "retry-after" not in fronted.ask().headers
 
 
+# --- several servers
+
+
+PLAIN: dict[str, Any] = {"certificate": None, "private_key": None, "key_file": None, "requests_per_second": 0}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[tuple[Recorder, Recorder]]:
+    one, two = Recorder(tmp_path / "1.sock"), Recorder(tmp_path / "2.sock")
+    with one.listen(), two.listen():
+        yield one, two
+
+
+def addresses(pair: tuple[Recorder, Recorder]) -> list[Address]:
+    return [Address(str(recorder.path)) for recorder in pair]
+
+
+FULL = ("503 Service Unavailable", b'{"code": 503}')
+
+
+@pytest.mark.parametrize(
+    ("usual", "withheld"),
+    [
+        pytest.param(FULL, 0, id="full, or without its TorchServe"),
+        pytest.param(("200 OK", b"a" * 100_000), 100_000_000, id="ends before its reply"),
+        pytest.param(("200 OK", b"a" * 1_000_000), 500_000, id="ends in its reply"),
+    ],
+)
+def test_another_server_is_asked_for_what_one_does_not_answer(
+    fronted: Fronted, folder: Path, pair: tuple[Recorder, Recorder], usual: tuple[str, bytes], withheld: int
+) -> None:
+    one, two = pair
+    one.usual, one.withheld, count = usual, withheld, 1000
+    with another(fronted, folder, upstreams=addresses(pair), **PLAIN) as checked:
+        statuses = Counter(ask_plainly(checked)[0] for _ in range(count))
+    assert statuses == {200: count}
+    assert one.received
+    assert len(two.received) == count
+
+
+def test_what_all_servers_refuse_is_asked_a_few_times(fronted: Fronted, folder: Path, pair: tuple[Recorder, Recorder]) -> None:
+    for recorder in pair:
+        recorder.usual = FULL
+    with another(fronted, folder, upstreams=addresses(pair)) as checked:
+        reply = checked.ask()
+    assert (reply.status_code, reply.content, reply.headers["retry-after"]) == (*(503, FULL[1]), "1")
+    assert sum(len(recorder.received) for recorder in pair) == 4
+
+
+def ask_plainly(fronted: Fronted) -> tuple[int, bytes]:
+    with contextlib.closing(HTTPConnection(*fronted.address, timeout=TIMEOUT_S)) as connection:
+        connection.request("POST", PREDICT, PNG)
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+
+
+def test_all_that_a_killed_server_had_in_flight_is_asked_again(
+    fronted: Fronted, folder: Path, pair: tuple[Recorder, Recorder]
+) -> None:
+    one, two = pair
+    one.may_answer, two.may_answer, one.withheld, count = Event(), Event(), 1_000_000, 600
+    with (
+        another(fronted, folder, upstreams=addresses(pair), **PLAIN) as checked,
+        ThreadPoolExecutor(count) as pool,
+    ):
+        replies = [pool.submit(ask_plainly, checked) for _ in range(count)]
+        wait_for(lambda: len(one.received) + len(two.received) == count, "requests in flight")
+        one.may_answer.set()
+        wait_for(lambda: sum(reply.done() for reply in replies) + len(two.received) == count, "second tries")
+        two.may_answer.set()
+        assert Counter(reply.result()[0] for reply in replies) == {200: count}
+
+
+# --- gRPC
+
+
+def test_grpc_calls_have_the_health_and_the_retries_of_inference() -> None:
+    """Each gRPC server gets calls while its inference address gives right answers."""
+    servers, callers = [Address("127.0.0.1", 2), Address("127.0.0.1", 3)], [Address("127.0.0.1", 2), Address("127.0.0.1", 4)]
+    written = yaml.safe_load(write_configuration(Front(Address("a", 1), "digits", servers, callers, reference=REFERENCE)))
+    inference, calls = written["static_resources"]["clusters"]
+    for part in ("health_checks", "common_lb_config", "outlier_detection", "circuit_breakers"):
+        assert calls[part] == inference[part]
+    one, two = (endpoint["endpoint"] for endpoint in calls["load_assignment"]["endpoints"][0]["lb_endpoints"])
+    assert "health_check_config" not in one
+    assert two["health_check_config"]["address"]["socket_address"]["port_value"] == 3
+    (manager,) = written["static_resources"]["listeners"][0]["filter_chains"][0]["filters"]
+    routes = manager["typed_config"]["route_config"]["virtual_hosts"][0]["routes"]
+    policies = {route["name"]: route["route"] for route in routes if "route" in route}
+    assert policies["grpc"] == policies["predictions"] | {"cluster": "grpc"}
+    policy = policies["grpc"]["retry_policy"]
+    assert "unavailable" in policy["retry_on"]
+    assert {"name": "grpc-message", "string_match": {"prefix": "Worker died."}} in policy["retriable_headers"]
+
+
 # --- limits, TLS, logs
 
 
@@ -834,9 +944,6 @@ def test_envoy_says_why_it_does_not_start(fronted: Fronted, folder: Path) -> Non
         Envoy(broken, folder, folder / "log").start()
 
 
-REFERENCE = ReferenceAnswer("ab" * 32, digit=3)
-
-
 @pytest.mark.parametrize(
     "front",
     [
@@ -919,6 +1026,10 @@ def test_an_example_of_other_settings_is_not_current(archive: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            ["--upstream=b:1", "--grpc-upstream=a:1"],
+            "expected a --grpc-upstream for each --upstream, got 1 for 2",
+        ),
         (["--certificate=a"], "--certificate and --private-key need each other"),
         (["--listen=localhost:1"], "expected an IPv4 address as --listen"),
         (["--archive=/missing.mar"], "/missing.mar is not a readable archive"),

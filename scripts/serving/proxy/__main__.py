@@ -38,7 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--upstream", type=_address, action="append", required=True, metavar="HOST:PORT", help="a server's inference address"
     )
     parser.add_argument(
-        "--grpc-upstream", type=_address, action="append", default=[], metavar="HOST:PORT", help="a server's gRPC address"
+        "--grpc-upstream",
+        type=_address,
+        action="append",
+        default=[],
+        metavar="HOST:PORT",
+        help="a server's gRPC address, with --cluster the same as of inference; for each --upstream one, in the same order; "
+        "default: no gRPC",
     )
     parser.add_argument("--listen", type=_address, default=Address("127.0.0.1", 8000), metavar="IPV4:PORT", help="own address")
     parser.add_argument("--archive", type=Path, default=ARCHIVE, help="the archive that all serve; its stem is the model's name")
@@ -72,6 +78,10 @@ def read_front(arguments: argparse.Namespace) -> Front:
         raise ValueError("--certificate and --private-key need each other")
     if arguments.listen.port is not None and not is_ipv4(arguments.listen.host):
         raise ValueError(f"expected an IPv4 address as --listen, got {arguments.listen.host!r}")
+    if arguments.grpc_upstream and len(arguments.grpc_upstream) != len(arguments.upstream):
+        raise ValueError(
+            f"expected a --grpc-upstream for each --upstream, got {len(arguments.grpc_upstream)} for {len(arguments.upstream)}"
+        )
     try:
         reference = read_reference_answer(arguments.archive)
     except NotReady as error:

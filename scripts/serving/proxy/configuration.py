@@ -35,6 +35,7 @@ REQUEST_TIMEOUT_S = 60  # for a whole request: 32 MiB at 5 Mbit/s
 IDLE_TIMEOUT_S = 60  # of a connection without a request, and of a request or reply that does not move
 MIN_IDLE_TIMEOUT_S = 2  # of the former, scaled down as more than half of all places are taken; 8 s were measured at nine tenths
 REPLY_TIMEOUT_S = 70  # more than responseTimeout (serve_config/model-config.yaml), so that TorchServe's own answer is given
+WHOLE_REPLY_BYTES = 1024 * 1024  # of several servers' replies smaller ones are passed on when whole; larger drawings take memory
 SILENCE_S = 10  # after which another server is asked too; the slowest request by itself takes three
 CONNECT_TIMEOUT_S = 1
 # From one address, and twice as many at once after a pause: about half of what two cores do, so that no address takes them all.
@@ -393,11 +394,7 @@ def _routes(front: Front) -> list[dict[str, Any]]:
     routes = [_refusal({"prefix": "/", "headers": [{"name": "expect", "present_match": True}]}, 417)]
     if front.grpc_upstreams:
         routes += [
-            {
-                "name": "grpc",
-                "match": {"prefix": service, "grpc": {}},
-                "route": {"cluster": "grpc", "timeout": _seconds(REPLY_TIMEOUT_S)},
-            }
+            {"name": "grpc", "match": {"prefix": service, "grpc": {}}, "route": _route(front, "grpc")}
             for service in GRPC_SERVICES
         ]
     kinds: list[tuple[str, dict[str, Any]]] = [
@@ -421,21 +418,26 @@ def _refusal(match: dict[str, Any], status: int, headers: dict[str, str] | None 
     return {"name": "refused", "match": match, "direct_response": {"status": status}, "response_headers_to_add": added}
 
 
-def _route(front: Front) -> dict[str, Any]:
+def _route(front: Front, cluster: str = "torchserve") -> dict[str, Any]:
     """Pass a request on, and again where its server could not be reached or lost it. An answer changes nothing on the server.
 
     Of TorchServe's own errors only those are retried that say nothing about the request: 507, and 500 "Worker died.", which
-    replies.lua marks. Several servers: on another one, and also where the first one was killed in the middle of a request.
+    replies.lua marks; in gRPC the same words. Several servers: on another one, and also where the first one was killed in the
+    middle of a request, is full, or has lost its TorchServe (503; in gRPC UNAVAILABLE).
     """
     several = len(front.upstreams) > 1
+    conditions = ["connect-failure", "refused-stream", "retriable-status-codes", "retriable-headers"]
     policy: dict[str, Any] = {
-        "retry_on": f"connect-failure,refused-stream,retriable-status-codes,retriable-headers{',reset' if several else ''}",
-        "retriable_status_codes": [507],
-        "retriable_headers": [{"name": "x-worker-died", "present_match": True}],
+        "retry_on": ",".join([*conditions, *(["reset", "unavailable"] if several else [])]),
+        "retriable_status_codes": [503, 507] if several else [507],
+        "retriable_headers": [
+            {"name": "x-worker-died", "present_match": True},
+            {"name": "grpc-message", "string_match": {"prefix": "Worker died."}},
+        ],
         "num_retries": 3 if several else 2,
         "retry_back_off": {"base_interval": "0.05s", "max_interval": "1s"},
     }
-    route = {"cluster": "torchserve", "timeout": _seconds(REPLY_TIMEOUT_S), "retry_policy": policy}
+    route = {"cluster": cluster, "timeout": _seconds(REPLY_TIMEOUT_S), "retry_policy": policy}
     if several:
         # What a server is silent about is asked of another one too, and the first answer counts: it may be stopped, or only slow.
         route["hedge_policy"] = {"hedge_on_per_try_timeout": True}
@@ -447,7 +449,7 @@ def _route(front: Front) -> dict[str, Any]:
                     "envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate",
                 )
             ],
-            "host_selection_retry_max_attempts": 5,
+            "host_selection_retry_max_attempts": 30,
         }
     return route
 
@@ -481,6 +483,7 @@ def _local_replies() -> dict[str, Any]:
 
 def _clusters(front: Front) -> list[dict[str, Any]]:
     cluster = _cluster("torchserve", front.upstreams, front)
+    replies = {"RETRY_AFTER_S": RETRY_AFTER_S, "WHOLE_REPLY_BYTES": WHOLE_REPLY_BYTES if len(front.upstreams) > 1 else 0}
     cluster["typed_extension_protocol_options"] = {
         "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": {
             "@type": "type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
@@ -488,29 +491,11 @@ def _clusters(front: Front) -> list[dict[str, Any]]:
             # No request follows another one on a connection to TorchServe: nothing can be hidden behind one for the next.
             "common_http_protocol_options": {"max_requests_per_connection": 1},
             "http_filters": [
-                _lua("replies.lua", {"RETRY_AFTER_S": RETRY_AFTER_S}),
+                _lua("replies.lua", replies),
                 _typed("envoy.filters.http.upstream_codec", "envoy.extensions.filters.http.upstream_codec.v3.UpstreamCodec"),
             ],
         }
     }
-    if front.reference is not None:
-        cluster["health_checks"] = [_health_check(front.model_name, front.reference)]
-        cluster["common_lb_config"] = {"healthy_panic_threshold": {"value": 0}}  # where no server is right, none is asked
-    if len(front.upstreams) > 1:
-        # A server that was killed is left out at once; health checks find it dead later, and it alive again.
-        cluster["outlier_detection"] = {
-            "consecutive_local_origin_failure": 3,
-            "split_external_local_origin_errors": True,
-            "enforcing_consecutive_5xx": 0,
-            "enforcing_consecutive_gateway_failure": 0,
-            "enforcing_success_rate": 0,
-            "enforcing_local_origin_success_rate": 0,
-            "enforcing_consecutive_local_origin_failure": 100,
-            "interval": "1s",
-            "base_ejection_time": "3s",
-            "max_ejection_time": "10s",
-            "max_ejection_percent": 50,
-        }
     if not front.grpc_upstreams:
         return [cluster]
     grpc = _cluster("grpc", front.grpc_upstreams, front)
@@ -525,6 +510,7 @@ def _clusters(front: Front) -> list[dict[str, Any]]:
 
 def _cluster(name: str, upstreams: Sequence[Address], front: Front) -> dict[str, Any]:
     are_numeric = all(upstream.port is None or is_ipv4(upstream.host) for upstream in upstreams)
+    endpoints: list[dict[str, Any]] = [{"address": upstream.write()} for upstream in upstreams]
     cluster: dict[str, Any] = {
         "name": name,
         "type": "STATIC" if are_numeric else "STRICT_DNS",
@@ -533,14 +519,15 @@ def _cluster(name: str, upstreams: Sequence[Address], front: Front) -> dict[str,
         "circuit_breakers": {
             "thresholds": [
                 {
+                    # A killed server loses all that it had in flight at one stroke, and all of it is asked again.
                     **dict.fromkeys(("max_connections", "max_pending_requests", "max_requests"), MAX_REQUESTS),
-                    "retry_budget": {"budget_percent": {"value": 50}, "min_retry_concurrency": 100},
+                    "retry_budget": {"budget_percent": {"value": 100}, "min_retry_concurrency": MAX_CONNECTIONS},
                 }
             ]
         },
         "load_assignment": {
             "cluster_name": name,
-            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": upstream.write()}} for upstream in upstreams]}],
+            "endpoints": [{"lb_endpoints": [{"endpoint": endpoint} for endpoint in endpoints]}],
         },
     }
     if front.upstream_ca is not None:
@@ -549,6 +536,27 @@ def _cluster(name: str, upstreams: Sequence[Address], front: Front) -> dict[str,
             "envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
             common_tls_context={"validation_context": {"trusted_ca": {"filename": str(front.upstream_ca)}}},
         )
+    if front.reference is not None:
+        cluster["health_checks"] = [_health_check(front.model_name, front.reference)]
+        cluster["common_lb_config"] = {"healthy_panic_threshold": {"value": 0}}  # where no server is right, none is asked
+        for endpoint, asked in zip(endpoints, front.upstreams, strict=True):
+            if endpoint["address"] != asked.write():  # gRPC at an address of its own
+                endpoint["health_check_config"] = {"address": asked.write()}
+    if len(upstreams) > 1:
+        # A server that was killed is left out at once; health checks find it dead later, and it alive again.
+        cluster["outlier_detection"] = {
+            "consecutive_local_origin_failure": 3,
+            "split_external_local_origin_errors": True,
+            "enforcing_consecutive_5xx": 0,
+            "enforcing_consecutive_gateway_failure": 0,
+            "enforcing_success_rate": 0,
+            "enforcing_local_origin_success_rate": 0,
+            "enforcing_consecutive_local_origin_failure": 100,
+            "interval": "1s",
+            "base_ejection_time": "3s",
+            "max_ejection_time": "10s",
+            "max_ejection_percent": 50,
+        }
     return cluster
 
 
