@@ -374,7 +374,10 @@ def autoscalers_fit(objects: Sequence[Object]) -> Problems:
             predictor = spec["predictor"]
             least, most = predictor.get("minReplicas", 1), predictor.get("maxReplicas", 1)
             external = [metric["external"] for metric in predictor.get("autoScaling", {}).get("metrics", ())]
-            queries = [(metric["metric"].get("query", ""), metric["target"].get("averageValue", "")) for metric in external]
+            queries = [(metric["metric"].get("query", ""), metric["target"].get("value", "")) for metric in external]
+            for query, _ in queries:
+                if not query.startswith("last_over_time("):
+                    yield f"{name}: expected last_over_time in its query; KServe lets KEDA take a lost value as zero"
         else:
             continue
         if not 2 <= least < most:

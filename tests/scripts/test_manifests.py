@@ -115,7 +115,10 @@ WRONG_BY_SCHEMA = [
     ("kserve", "InferenceService", setting(PREDICTOR + "containers|0|readinesProbe", {}), "'readinesProbe' was unexpected"),
     (
         *("kserve", "InferenceService"),
-        *(setting(PREDICTOR + "autoScaling|metrics|0|external|target|averageValue", None), "is not valid under any of"),
+        *(
+            setting(PREDICTOR + "autoScaling|metrics|0|external|target", {"type": "AverageValue", "averageValue": "16"}),
+            "'value' is a",
+        ),
     ),
     (
         *("kserve", "InferenceService"),
@@ -283,10 +286,18 @@ WRONG_BY_RULE = {
         ),
         (
             *("kserve", "InferenceService"),
-            setting(PREDICTOR + "autoScaling|metrics|0|external|target|averageValue", "3"),
+            setting(PREDICTOR + "autoScaling|metrics|0|external|target|value", "3"),
             "expected 4 to 16 requests in flight for 2 workers, got '3'",
         ),
         ("kserve", "InferenceService", setting(PREDICTOR + "autoScaling", None), "scales by nothing"),
+        (
+            *("kserve", "InferenceService"),
+            setting(
+                PREDICTOR + "autoScaling|metrics|0|external|metric|query",
+                'saliency:requests_in_flight:rate1m{namespace="digits"}',
+            ),
+            "expected last_over_time in its query",
+        ),
     ],
     "rules_are_the_committed_ones": [
         (
