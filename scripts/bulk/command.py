@@ -158,7 +158,7 @@ def run(arguments: argparse.Namespace) -> int:
     with storage.hold() as own_folder:
         begun = read_job(storage)
         images, notes = list_images(
-            arguments.images, arguments.column, storage.folder if isinstance(storage, LocalStorage) else None
+            arguments.images, arguments.column, storage.folder if isinstance(storage, LocalStorage) else str(storage)
         )
         for note in notes:
             print(note, file=sys.stderr)

@@ -64,7 +64,8 @@ class _List:
     column: str | None = None  # of Parquet files, where one is named
     files: set[bytes] = field(default_factory=set)
     folders: set[tuple[int, int]] = field(default_factory=set)  # that were read, by device and number
-    output: tuple[int, int] | None = None
+    output: tuple[int, int] | None = None  # a folder that is left out
+    output_url: str | None = None  # likewise, ending in a slash
     twice_count: int = 0
     linked_count: int = 0
     field_count: int = 0  # members of tars beside images
@@ -88,21 +89,25 @@ class _List:
         self.append(file, PROBLEM, None, None, None, problem)
 
 
-def list_images(arguments: Sequence[str], column: str | None = None, output: Path | None = None) -> tuple[pa.Table, list[str]]:
+def list_images(
+    arguments: Sequence[str], column: str | None = None, output: Path | str | None = None
+) -> tuple[pa.Table, list[str]]:
     """List all images that are named, in the order of the arguments, and by name in each folder.
 
     Args:
         arguments: paths, glob patterns and URLs.
         column: of the images in Parquet files; None to find it.
-        output: a folder that is left out, wherever it lies.
+        output: a folder, or the URL of one, that is left out, wherever it lies.
     Returns:
         a table of IMAGES_SCHEMA; and sentences for a person.
     Raises:
         BulkError: an argument names nothing, a Parquet file has no such column, or a URL cannot be opened.
     """
     found = _List(column=column)
-    if output is not None:
+    if isinstance(output, Path):
         found.output = _identity_of(output.stat())
+    elif output is not None:
+        found.output_url = _url_of(*_open_url(output)).rstrip("/") + "/"
     for argument in arguments:
         before = len(found.columns["file"]) + found.twice_count
         (_list_url if URL.match(argument) else _list_local)(argument, found)
@@ -210,8 +215,16 @@ def _list_url(argument: str, found: _List) -> None:
         raise BulkError(f"cannot list {argument}: {error}") from error
     if not paths:
         raise BulkError(f"nothing is found at {argument}")
-    for one in paths:
-        _list_file(str(file_system.unstrip_protocol(one)).encode("utf-8", "surrogateescape"), found)
+    urls = [_url_of(file_system, one) for one in paths]
+    others = [url for url in urls if found.output_url is None or not url.startswith(found.output_url)]
+    if len(others) < len(urls):
+        found.notes.append(f"the output {found.output_url} is left out")
+    for url in others:
+        _list_file(url.encode("utf-8", "surrogateescape"), found)
+
+
+def _url_of(file_system: Any, path: str) -> str:  # noqa: ANN401  # of fsspec's own class
+    return str(file_system.unstrip_protocol(path))
 
 
 def _open_url(url: str) -> tuple[Any, str]:
@@ -395,7 +408,7 @@ def _too_large(size: int) -> ImageProblem:
 def _read_members(file: bytes, rows: Sequence[dict[str, Any]]) -> Iterator[bytes | ImageProblem]:
     if URL.match(shown_name(file)):
         for row in rows:
-            yield _too_large(row["size"]) if row["size"] > MAX_BODY_BYTES else _read_url(file, row["place"], row["size"])
+            yield _whole(_read_url(file, row["place"], row["size"]), row["size"])
         return
     try:
         opened = open_source(file)
@@ -409,15 +422,16 @@ def _read_members(file: bytes, rows: Sequence[dict[str, Any]]) -> Iterator[bytes
                 continue
             try:
                 opened.seek(row["place"])
-                content = opened.read(row["size"])
+                yield _whole(opened.read(row["size"]), row["size"])
             except OSError as error:
                 yield _problem_of(error)
-            else:
-                yield (
-                    content
-                    if len(content) == row["size"]
-                    else ImageProblem("UnreadableFile", "expected a whole tar file, got less")
-                )
+
+
+def _whole(content: bytes | ImageProblem, size: int) -> bytes | ImageProblem:
+    """Check that a tar file still holds all of a member."""
+    if isinstance(content, ImageProblem) or len(content) == size:
+        return content
+    return ImageProblem("UnreadableFile", "expected a whole tar file, got less")
 
 
 def _read_rows(file: bytes, places: Sequence[int], column: str | None) -> Iterator[bytes | ImageProblem]:
@@ -459,7 +473,9 @@ def _read_value(value: pa.Scalar) -> bytes | ImageProblem:
 
 
 def _read_url(file: bytes, start: int, size: int | None) -> bytes | ImageProblem:
-    """Read a file at a URL, or a part of one."""
+    """Read a file at a URL, or a part of one, of which there is nothing to ask for where it is empty or too large."""
+    if size is not None and (not size or size > MAX_BODY_BYTES):
+        return _too_large(size) if size else b""
     url = shown_name(file)
     for tried in range(TRIES):
         try:

@@ -250,6 +250,15 @@ def test_a_damaged_tar_gives_what_is_whole_and_a_row_that_says_so(tmp_path: Path
     assert list(read_images(images))[:-1] == [b"1" * 512][: images.num_rows - 1]
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_tar_file_that_shrinks_after_it_was_listed_is_no_shorter_image(tmp_path: Path, scheme: str) -> None:
+    shard = tar_of(tmp_path / "shard.tar", {"a.png": b"1" * 512, "b.png": b"2" * 512, "c.png": b""})
+    images, _ = list_images([f"{scheme}{shard}"])
+    shard.write_bytes(shard.read_bytes()[:1700])  # in the middle of the second
+    less = ImageProblem("UnreadableFile", "expected a whole tar file, got less")
+    assert list(read_images(images)) == [b"1" * 512, less, b""]
+
+
 def test_links_in_a_tar_file_get_a_row_that_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
@@ -402,13 +411,14 @@ def test_a_file_over_the_service_s_limit_is_not_read(tmp_path: Path) -> None:
 
 def test_urls_are_read_and_written_by_fsspec(archive: Path, tmp_path: Path) -> None:
     folder = copy_samples(tmp_path / "images", 3)
-    tar_of(folder / "shard.tar", {"a.png": SAMPLE_FILES[7].read_bytes()})
-    output = tmp_path / "out"
+    tar_of(folder / "shard.tar", {"a.png": SAMPLE_FILES[7].read_bytes(), "b.png": b""})
+    output = folder / "out"  # among the images
     command = [f"file://{folder}", "--archive", str(archive), "--output", f"file://{output}", *ONE_PROCESS]
     assert main(command) == 0
     table = table_of(output)
-    assert table["class"].to_pylist() == [0, 0, 0, int(SAMPLE_FILES[7].stem[0])]
-    assert table["path"].to_pylist()[-1] == f"file://{folder}/shard.tar/a.png"
+    assert table["class"].to_pylist() == [0, 0, 0, int(SAMPLE_FILES[7].stem[0]), None]
+    assert table["path"].to_pylist()[-2:] == [f"file://{folder}/shard.tar/{name}.png" for name in "ab"]
+    assert table["error"].to_pylist()[-1]["type"] == "EmptyRequest"
     assert main(command) == 0  # goes on with it, and has nothing to do
     assert main([*command, "--target", "1"]) == 1
 
