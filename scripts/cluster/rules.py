@@ -14,35 +14,19 @@ from typing import Any
 
 import yaml
 
-from scripts.cluster.manifests import Object, Pods, name_of, pods_in
+from scripts.cluster.containers import Problems, probes_of, quantity_of, settings_of
+from scripts.cluster.manifests import Object, name_of, pods_in
+from scripts.cluster.pod_rules import POD_RULES
 from scripts.paths import SERVE_CONFIG
-from scripts.serving import launcher, ready
+from scripts.serving import ready
 from scripts.serving.child import STOP_TIMEOUT_S
-from scripts.serving.settings import Settings
 
-QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?")  # of Kubernetes' API conventions
-UNITS = {"n": -9, "u": -6, "m": -3, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}  # powers of ten
 GIVEN = "saliency-serve/given"  # annotation: what the operator makes by hand, such as Secret/digits-tls
 IN_FLIGHT_PER_WORKER = (2, 8)  # least and most that an autoscaler may aim at: scripts/results/README.md, "Autoscaling"
 SERVING = ["python", "-m", "scripts.serving"]
 READY = ["python", "-m", "scripts.serving.ready"]
 ROUTES = re.compile(r"/(ping|(predictions|explanations)/\w+|v1/models/\w+:(predict|explain)|v2/models/\w+(/(infer|explain))?)")
 PROMETHEUS = SERVE_CONFIG / "prometheus"
-
-Problems = Iterator[str]
-
-
-def quantity_of(text: object) -> Decimal | None:
-    """Read a quantity, such as 500m, 2 or 3Gi; None where it is none."""
-    found = QUANTITY.fullmatch(str(text)) if isinstance(text, (str, int, float)) and not isinstance(text, bool) else None
-    if found is None:
-        return None
-    number, unit = Decimal(found[1]), found[2]
-    if unit is None:
-        return number
-    if unit.endswith("i"):
-        return number * Decimal(1024) ** ("KMGTPE".index(unit[0]) + 1)
-    return number * Decimal(f"1e{UNITS[unit]}" if unit in UNITS else f"1{unit}")
 
 
 def quantities_are_numbers(objects: Sequence[Object]) -> Problems:
@@ -76,7 +60,7 @@ def ports_exist(objects: Sequence[Object]) -> Problems:
         numbers = [port["containerPort"] for container in pods.containers for port in container.get("ports", ())]
         if len(numbers) != len(set(numbers)) or len(numbers) != len(pods.ports):
             yield f"{name_of(pods.owner)}: a port or a port's name is declared twice"
-        for container, probe_name, probe in _probes(pods):
+        for container, probe_name, probe in probes_of(pods):
             action = probe.get("httpGet") or probe.get("tcpSocket")
             if action and not pods.has_port(action["port"]):
                 yield f"{container}: {probe_name} asks port {action['port']!r}, which no container declares"
@@ -210,7 +194,7 @@ def commands_are_understood(objects: Sequence[Object]) -> Problems:
     for pods in pods_in(objects):
         for container in pods.spec.get("containers", ()):
             name = container["name"]
-            settings, problem = _settings_of(container.get("args", ()))
+            settings, problem = settings_of(container.get("args", ()))
             if settings is None:
                 yield f"{name}: the server refuses its options: {problem}"
                 continue
@@ -218,7 +202,7 @@ def commands_are_understood(objects: Sequence[Object]) -> Problems:
                 yield f"{name}: serves on {settings.ports.inference} and {settings.ports.metrics}, which are not both declared"
             commands = [
                 (probe_name, probe["exec"]["command"])
-                for container_name, probe_name, probe in _probes(pods)
+                for container_name, probe_name, probe in probes_of(pods)
                 if container_name == name and "exec" in probe
             ]
             for probe_name, command in commands:
@@ -244,18 +228,6 @@ def _is_elsewhere(container: Mapping[str, Any]) -> bool:
     return any(word.startswith("--archive=/") for word in container.get("args", ()))
 
 
-def _settings_of(args: Sequence[str]) -> tuple[Settings | None, str]:
-    """Read a container's args as the image's entry point does; returns the settings, or None and what is wrong."""
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            parsed = launcher.build_parser().parse_args(["--cluster", "--log-dir=/tmp/logs", *args])
-            return launcher.read_settings(parsed), ""
-        except SystemExit:
-            return None, said.getvalue().strip().splitlines()[-1]
-        except launcher.ServeError as error:
-            return None, str(error)
-
-
 def probes_ask_for_right_answers(objects: Sequence[Object]) -> Problems:
     """A pod gets requests only once its answers are right, and is restarted only when its frontend is gone."""
     for pods in pods_in(objects):
@@ -268,7 +240,7 @@ def probes_ask_for_right_answers(objects: Sequence[Object]) -> Problems:
             path = liveness.get("httpGet", {}).get("path")
             if path != "/ping":
                 yield f"{name}: expected GET /ping as livenessProbe, got {path or liveness}; a busy server must not be restarted"
-        for container, probe_name, probe in _probes(pods):
+        for container, probe_name, probe in probes_of(pods):
             command = probe.get("exec", {}).get("command", [])
             if "--timeout" in command and float(command[command.index("--timeout") + 1]) >= probe.get("timeoutSeconds", 1):
                 yield f"{container}: {probe_name} gives up after timeoutSeconds, before its command says why (--timeout)"
@@ -278,7 +250,7 @@ def stop_has_time(objects: Sequence[Object]) -> Problems:
     """The grace period covers the drain, the requests in flight and TorchServe's end."""
     for pods in pods_in(objects):
         for container in pods.spec.get("containers", ()):
-            settings, _ = _settings_of(container.get("args", ()))
+            settings, _ = settings_of(container.get("args", ()))
             cluster = settings.cluster if settings else None
             if cluster is None:
                 continue
@@ -286,32 +258,6 @@ def stop_has_time(objects: Sequence[Object]) -> Problems:
             grace = pods.spec.get("terminationGracePeriodSeconds", 30)
             if grace < needed:
                 yield f"{container['name']}: expected terminationGracePeriodSeconds of {needed:g} at least, got {grace}"
-
-
-def containers_can_do_little(objects: Sequence[Object]) -> Problems:
-    """Pods meet the standard "restricted", write to /tmp alone, and have bounds."""
-    for pods in pods_in(objects):
-        owner = name_of(pods.owner)
-        pod = pods.spec.get("securityContext", {})
-        if not pod.get("runAsNonRoot") or pod.get("runAsUser") != 1000:  # the image's user
-            yield f"{owner}: expected runAsNonRoot and runAsUser 1000"
-        if pod.get("seccompProfile", {}).get("type") != "RuntimeDefault":
-            yield f"{owner}: expected the seccomp profile RuntimeDefault"
-        if pods.spec.get("automountServiceAccountToken") is not False:
-            yield f"{owner}: expected automountServiceAccountToken: false; the server needs no access to Kubernetes"
-        for container in pods.containers:
-            name, own = container["name"], container.get("securityContext", {})
-            if own.get("allowPrivilegeEscalation") is not False or own.get("capabilities", {}).get("drop") != ["ALL"]:
-                yield f"{name}: expected allowPrivilegeEscalation: false and all capabilities dropped"
-            if own.get("readOnlyRootFilesystem") is not True:
-                yield f"{name}: expected a read-only root file system"
-            if "memory" not in container.get("resources", {}).get("limits", {}):
-                yield f"{name}: expected a limit of memory"
-        volumes = {volume["name"]: volume for volume in pods.spec.get("volumes", ())}
-        for container in pods.spec.get("containers", ()):
-            mounts = {mount["mountPath"]: mount for mount in container.get("volumeMounts", ())}
-            if "/tmp" not in mounts or "emptyDir" not in volumes.get(mounts["/tmp"]["name"], {}):  # noqa: S108  # the pod's own
-                yield f"{container['name']}: expected an emptyDir at /tmp, the one folder that the server writes to"
 
 
 def disruptions_are_possible(objects: Sequence[Object]) -> Problems:
@@ -405,7 +351,7 @@ def _worker_counts(objects: Sequence[Object]) -> set[int]:
     found = set()
     for pods in pods_in(objects):
         for container in pods.spec.get("containers", ()):
-            settings, _ = _settings_of(container.get("args", ()))
+            settings, _ = settings_of(container.get("args", ()))
             if settings is not None and "minWorkers" in settings.model_config:
                 found.add(int(settings.model_config["minWorkers"]))
     return found
@@ -476,13 +422,6 @@ def init_containers_check_the_archive(objects: Sequence[Object]) -> Problems:
                 yield f"{container['name']}: expected --archive-sha256 beside --archive"
 
 
-def _probes(pods: Pods) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
-    for container in pods.spec.get("containers", ()):
-        for name in ("startupProbe", "readinessProbe", "livenessProbe"):
-            if name in container:
-                yield container["name"], name, container[name]
-
-
 RULES: tuple[Callable[[Sequence[Object]], Problems], ...] = (
     quantities_are_numbers,
     ports_exist,
@@ -492,11 +431,11 @@ RULES: tuple[Callable[[Sequence[Object]], Problems], ...] = (
     commands_are_understood,
     probes_ask_for_right_answers,
     stop_has_time,
-    containers_can_do_little,
     disruptions_are_possible,
     routes_exist,
     autoscalers_fit,
     rules_are_the_committed_ones,
     names_are_unique,
     init_containers_check_the_archive,
+    *POD_RULES,
 )
