@@ -14,19 +14,17 @@ from typing import Any
 
 import yaml
 
+from scripts.cluster.autoscaling_rules import AUTOSCALING_RULES, PROMETHEUS
 from scripts.cluster.containers import Problems, probes_of, quantity_of, settings_of
+from scripts.cluster.exposure_rules import EXPOSURE_RULES, backends_of
 from scripts.cluster.manifests import Object, name_of, pods_in
 from scripts.cluster.pod_rules import POD_RULES
-from scripts.paths import SERVE_CONFIG
 from scripts.serving import ready
 from scripts.serving.child import STOP_TIMEOUT_S
 
 GIVEN = "saliency-serve/given"  # annotation: what the operator makes by hand, such as Secret/digits-tls
-IN_FLIGHT_PER_WORKER = (2, 8)  # least and most that an autoscaler may aim at: scripts/results/README.md, "Autoscaling"
 SERVING = ["python", "-m", "scripts.serving"]
 READY = ["python", "-m", "scripts.serving.ready"]
-ROUTES = re.compile(r"/(ping|(predictions|explanations)/\w+|v1/models/\w+:(predict|explain)|v2/models/\w+(/(infer|explain))?)")
-PROMETHEUS = SERVE_CONFIG / "prometheus"
 
 
 def quantities_are_numbers(objects: Sequence[Object]) -> Problems:
@@ -84,13 +82,13 @@ def ports_exist(objects: Sequence[Object]) -> Problems:
                     if endpoint.get("port") not in pods.ports:
                         yield f"{name_of(one)}: port {endpoint.get('port')!r} is declared by no container"
         elif one["kind"] == "Ingress":
-            for path in (path for rule in one["spec"].get("rules", ()) for path in rule["http"]["paths"]):
-                asked = path["backend"]["service"]
+            for asked in backends_of(one):
                 service = services.get(asked["name"])
                 declared = [] if service is None else service["spec"]["ports"]
-                key = "name" if "name" in asked["port"] else "number"
-                if asked["port"][key] not in [port["name" if key == "name" else "port"] for port in declared]:
-                    yield f"{name_of(one)}: there is no service {asked['name']} with the port {asked['port'][key]!r}"
+                port = asked.get("port", {})
+                if not any(port in ({"name": each.get("name")}, {"number": each["port"]}) for each in declared):
+                    wanted = port.get("name", port.get("number"))
+                    yield f"{name_of(one)}: there is no service {asked['name']} with the port {wanted!r}"
 
 
 def selectors_choose_pods(objects: Sequence[Object]) -> Problems:
@@ -260,123 +258,6 @@ def stop_has_time(objects: Sequence[Object]) -> Problems:
                 yield f"{container['name']}: expected terminationGracePeriodSeconds of {needed:g} at least, got {grace}"
 
 
-def disruptions_are_possible(objects: Sequence[Object]) -> Problems:
-    """A node can be drained, and that leaves a pod."""
-    for one in objects:
-        if one["kind"] == "PodDisruptionBudget" and one["spec"].get("maxUnavailable") in (0, "0", "0%"):
-            yield f"{name_of(one)}: no pod may ever be moved"
-        if one["kind"] == "Deployment" and one["spec"].get("replicas", 2) < 2:
-            yield f"{name_of(one)}: expected two replicas at least"
-        if one["kind"] == "Deployment":
-            rolling = one["spec"].get("strategy", {}).get("rollingUpdate", {})
-            if rolling.get("maxUnavailable") == 0 and rolling.get("maxSurge") == 0:
-                yield f"{name_of(one)}: a rollout can neither add a pod nor take one away"
-
-
-def routes_exist(objects: Sequence[Object]) -> Problems:
-    """An ingress passes routes of the API on, and bodies as large as the server takes."""
-    properties = (SERVE_CONFIG / "config-hardened.properties").read_text()
-    (most,) = re.findall(r"(?m)^max_request_size=(\d+)$", properties)
-    for one in objects:
-        if one["kind"] != "Ingress":
-            continue
-        for path in (path for rule in one["spec"].get("rules", ()) for path in rule["http"]["paths"]):
-            if not ROUTES.fullmatch(path["path"]):
-                yield f"{name_of(one)}: {path['path']} is no route of the API"
-        size = one["metadata"].get("annotations", {}).get("nginx.org/client-max-body-size", "1m")
-        found = re.fullmatch(r"(\d+)([km]?)", size, re.IGNORECASE)
-        if found is None or int(found[1]) * {"": 1, "k": 1024, "m": 1024**2}[found[2].lower()] != int(most):
-            yield f"{name_of(one)}: expected max_request_size ({most} bytes) as client-max-body-size, got {size}"
-
-
-def autoscalers_fit(objects: Sequence[Object]) -> Problems:
-    """An autoscaler scales what exists, alone, by a metric of its namespace, at 2 to 8 requests in flight a worker."""
-    deployments = {one["metadata"]["name"]: one for one in objects if one["kind"] == "Deployment"}
-    adapter = yaml.safe_load((SERVE_CONFIG / "cluster/overlays/autoscale-hpa/prometheus-adapter.yaml").read_text())
-    adapted = {rule["name"]["as"]: rule for rule in adapter["rules"]["external"]}
-    for one in objects:
-        spec, name = one.get("spec", {}), name_of(one)
-        if one["kind"] == "ScaledObject":
-            least, most = spec.get("minReplicaCount", 0), spec.get("maxReplicaCount", 100)
-            queries = [(t["metadata"].get("query", ""), t["metadata"].get("threshold", "")) for t in spec.get("triggers", ())]
-            for trigger in spec.get("triggers", ()):
-                if trigger["metadata"].get("ignoreNullValues") != "false":
-                    yield f'{name}: expected ignoreNullValues: "false"; a lost Prometheus would mean no load'
-                if trigger.get("metricType", "AverageValue") != "AverageValue":
-                    yield f"{name}: expected metricType AverageValue, as the threshold is one pod's"
-            if "fallback" not in spec:
-                yield f"{name}: expected a fallback for a lost Prometheus"
-        elif one["kind"] == "HorizontalPodAutoscaler":
-            least, most = spec.get("minReplicas", 1), spec["maxReplicas"]
-            queries = []
-            for metric in (metric["external"] for metric in spec.get("metrics", ()) if "external" in metric):
-                rule = adapted.get(metric["metric"]["name"])
-                if rule is None:
-                    yield f"{name}: no rule of prometheus-adapter.yaml makes the metric {metric['metric']['name']}"
-                    continue
-                namespace = one["metadata"].get("namespace")
-                queries.append((f'{rule["seriesQuery"]}{{namespace="{namespace}"}}', metric["target"].get("averageValue", "")))
-        elif one["kind"] == "InferenceService":
-            predictor = spec["predictor"]
-            least, most = predictor.get("minReplicas", 1), predictor.get("maxReplicas", 1)
-            external = [metric["external"] for metric in predictor.get("autoScaling", {}).get("metrics", ())]
-            queries = [(metric["metric"].get("query", ""), metric["target"].get("value", "")) for metric in external]
-            for query, _ in queries:
-                if not query.startswith("last_over_time("):
-                    yield f"{name}: expected last_over_time in its query; KServe lets KEDA take a lost value as zero"
-        else:
-            continue
-        if not 2 <= least < most:
-            yield f"{name}: expected at least two pods, and more at most; got {least} to {most}"
-        target = spec.get("scaleTargetRef", {}).get("name")
-        if one["kind"] != "InferenceService":
-            if target not in deployments:
-                yield f"{name}: there is no Deployment/{target}"
-            elif "replicas" in deployments[target]["spec"]:
-                yield f"{name}: Deployment/{target} has replicas of its own, which every apply would set again"
-        if not queries:
-            yield f"{name}: scales by nothing"
-        workers = _worker_counts(objects)
-        for query, threshold in queries:
-            yield from _query_problems(name, query, one["metadata"].get("namespace"))
-            quantity = quantity_of(threshold)
-            for count in workers:
-                least_in_flight, most_in_flight = (number * count for number in IN_FLIGHT_PER_WORKER)
-                if quantity is None or not least_in_flight <= quantity <= most_in_flight:
-                    expected = f"{least_in_flight} to {most_in_flight} requests in flight for {count} workers"
-                    yield f"{name}: expected {expected}, got {threshold!r}"
-
-
-def _worker_counts(objects: Sequence[Object]) -> set[int]:
-    found = set()
-    for pods in pods_in(objects):
-        for container in pods.spec.get("containers", ()):
-            settings, _ = settings_of(container.get("args", ()))
-            if settings is not None and "minWorkers" in settings.model_config:
-                found.add(int(settings.model_config["minWorkers"]))
-    return found
-
-
-def known_metrics() -> set[str]:
-    """List the metrics that servers export, and the values that the committed rules record."""
-    declared = yaml.safe_load((SERVE_CONFIG / "metrics.yaml").read_text())
-    names = {one["name"] for section in declared.values() for kind in section.values() for one in kind}
-    for file in ("alerts.yml", "autoscaling.yml"):
-        for group in yaml.safe_load((PROMETHEUS / file).read_text())["groups"]:
-            names |= {rule["record"] for rule in group["rules"] if "record" in rule}
-    return names
-
-
-def _query_problems(name: str, query: str, namespace: str | None) -> Problems:
-    used = set(re.findall(r"\b(?:saliency[_:]|ts_|Requests)[\w:]+", query))
-    for metric in sorted(used - known_metrics()):
-        yield f"{name}: nothing exports or records {metric}"
-    if not used:
-        yield f"{name}: its query names no metric of this service: {query!r}"
-    if f'namespace="{namespace}"' not in query:
-        yield f'{name}: expected namespace="{namespace}" in its query, got {query!r}'
-
-
 def rules_are_the_committed_ones(objects: Sequence[Object]) -> Problems:
     """A PrometheusRule holds serve_config/prometheus, word for word."""
     for one in objects:
@@ -431,11 +312,10 @@ RULES: tuple[Callable[[Sequence[Object]], Problems], ...] = (
     commands_are_understood,
     probes_ask_for_right_answers,
     stop_has_time,
-    disruptions_are_possible,
-    routes_exist,
-    autoscalers_fit,
     rules_are_the_committed_ones,
     names_are_unique,
     init_containers_check_the_archive,
+    *AUTOSCALING_RULES,
+    *EXPOSURE_RULES,
     *POD_RULES,
 )

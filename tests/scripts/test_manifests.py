@@ -9,11 +9,13 @@ import pytest
 import yaml
 
 from scripts.cluster import check
+from scripts.cluster.autoscaling_rules import AUTOSCALING_RULES, known_metrics
 from scripts.cluster.check import PROMETHEUS_RULE, problems_of, prometheus_rule
 from scripts.cluster.containers import quantity_of
+from scripts.cluster.exposure_rules import EXPOSURE_RULES
 from scripts.cluster.manifests import CLUSTER, RenderError, list_overlays, render
 from scripts.cluster.pod_rules import POD_RULES
-from scripts.cluster.rules import RULES, known_metrics
+from scripts.cluster.rules import RULES
 from scripts.cluster.schemas import SCHEMAS, schema_problems
 from scripts.paths import ROOT
 from tests.manifests import CONTAINER, POD, Change, container_of, one_of, pod_of, problems_with, rendered, setting
@@ -281,7 +283,8 @@ def test_rule_finds_what_is_wrong(rule: str, overlay: str, kind: str, change: Ch
 
 def test_every_rule_and_schema_is_tested() -> None:
     elsewhere = {"config_keys_exist", "init_containers_check_the_archive"}  # below, with an archive from a volume
-    assert {rule.__name__ for rule in set(RULES) - set(POD_RULES)} == WRONG_BY_RULE.keys() | elsewhere
+    others = {rule.__name__ for rule in (*POD_RULES, *AUTOSCALING_RULES, *EXPOSURE_RULES)}  # in files of their own
+    assert {rule.__name__ for rule in RULES} - others == (WRONG_BY_RULE.keys() - others) | elsewhere
     kinds = {kind for _, kind, _, _ in WRONG_BY_SCHEMA}
     assert {file.stem for file in SCHEMAS.glob("*.yaml")} <= kinds | {"ServingRuntime"}
 
