@@ -197,10 +197,6 @@ def disruptions_are_possible(objects: Sequence[Object]) -> Problems:
                 yield f"{name_of(one)}: all pods may go at once: {key} of {value}, and {pods} pods at least"
         if one["kind"] == "Deployment" and one["spec"].get("replicas", 2) < 2:
             yield f"{name_of(one)}: expected two replicas at least"
-        if one["kind"] == "Deployment":
-            rolling = one["spec"].get("strategy", {}).get("rollingUpdate", {})
-            if rolling.get("maxUnavailable") == 0 and rolling.get("maxSurge") == 0:
-                yield f"{name_of(one)}: a rollout can neither add a pod nor take one away"
 
 
 def paths_of(ingress: Object) -> Iterator[Mapping[str, Any]]:
