@@ -145,7 +145,7 @@ class Cluster:
                 except self._ray.exceptions.RayTaskError as error:  # raised there
                     raise error.cause from error
                 except self._ray.exceptions.RayError as error:  # the actor or its node is gone
-                    self._idle.clear()  # some of which may be gone too; others are started
+                    self._end_idle()  # some may be gone too
                     number = None if shard is None else shard.number
                     losses[number] += 1
                     if losses[number] == MAX_LOSSES:
@@ -164,6 +164,12 @@ class Cluster:
             if not self._busy and not self._starting and not self._idle:
                 time.sleep(POLL_S)
         return outcomes
+
+    def _end_idle(self) -> None:
+        """End the actors that have no shard, so that others have their room. Ray would wait until nothing here refers to them."""
+        for actor in self._idle:
+            self._ray.kill(actor)
+        self._idle.clear()
 
     def _start_actors(self, shard_count: int) -> None:
         """Start actors where the cluster may have room. Shards go to those that have started."""

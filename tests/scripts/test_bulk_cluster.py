@@ -2,19 +2,23 @@
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from scripts.paths import ROOT, SAMPLE_FILES
 from tests.conftest import label_of
 from tests.servers import wait_for
 
 IMAGE_COUNT, SHARD_SIZE, BAD = 4000, 200, 5
+SLOW_COUNT, SLOW_SIDE = 100, 1500  # images of so many pixels a side; each takes a hundred times as long as a small one
 
 
 @pytest.fixture
@@ -61,3 +65,40 @@ def test_a_node_that_is_lost_costs_no_row_and_makes_none_twice(cluster: Any, arc
         else:
             assert row["path"].endswith(" bad.png")
     assert f"{IMAGE_COUNT + BAD:,} images" in printed
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # Ray's own
+def test_last_shard_of_a_lost_node_goes_to_the_one_that_waits(cluster: Any, archive: Path, tmp_path: Path) -> None:
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    folder, output = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    with Image.open(SAMPLE_FILES[0]) as opened:
+        opened.resize((SLOW_SIDE, SLOW_SIDE)).save(folder / "slow.png")
+    for index in range(SLOW_COUNT - 1):  # a slow shard, then a fast one
+        (folder / f"slow {index:03d}.png").hardlink_to(folder / "slow.png")
+    for index in range(SLOW_COUNT):
+        (folder / f"tiny {index:03d}.png").write_bytes(SAMPLE_FILES[1].read_bytes())
+    command = [sys.executable, "-m", "scripts.bulk", str(folder), "--archive", str(archive), "--output", str(output)]
+    job = subprocess.Popen(
+        [*command, "--ray", cluster.address, "--shard-size", str(SLOW_COUNT)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_for(lambda: (output / "part-00001.parquet").exists() or job.poll() is not None, "file of the fast shard")
+    assert not (output / "part-00000.parquet").exists()
+    cluster.remove_node(max(nodes, key=processor_share), allow_graceful=False)
+    printed, _ = job.communicate(timeout=200)
+    assert job.returncode == 0, printed
+    assert f"{2 * SLOW_COUNT:,} images in 2 files, {2 * SLOW_COUNT:,} answered" in printed
+
+
+def processor_share(node: Any) -> float:
+    """How busy the processes of a node are."""
+    (raylet,) = node.all_processes["raylet"]
+    processes = psutil.Process(raylet.process.pid).children(recursive=True)
+    before = sum(sum(one.cpu_times()[:2]) for one in processes)
+    time.sleep(1)
+    return sum(sum(one.cpu_times()[:2]) for one in processes) - before
