@@ -19,11 +19,11 @@ from types import FrameType
 
 from tqdm import tqdm
 
-from handler.protocol.options import OPTIONS, STYLE_OPTIONS, Space, accepted_values, header_of
+from handler.protocol.options import OPTIONS, STYLE_OPTIONS, accepted_values, header_of
 from handler.protocol.request import ROUTE_HEADER
 from scripts.bulk.errors import BulkError
 from scripts.bulk.explainer import Explainer
-from scripts.bulk.job import Job, Outcome, Shard, begin, read_job, read_outcome, require_same, split
+from scripts.bulk.job import Job, Outcome, Shard, begin, has_large_maps, read_job, read_outcome, require_same, split
 from scripts.bulk.processes import Archive, run_processes
 from scripts.bulk.ray_cluster import Resources, run_on_ray
 from scripts.bulk.sources import list_images
@@ -214,7 +214,7 @@ def choose_batch_size(device: str, archive_size: int, options: Mapping[str, str]
         archive_size: the archive's own, images.
         options: of the job. Maps in the pixels of large images take memory: of them, no more than the archive says.
     """
-    return archive_size if options.get("space") == Space.IMAGE else max(archive_size, BATCH_SIZES[device])
+    return archive_size if has_large_maps(options) else max(archive_size, BATCH_SIZES[device])
 
 
 def _choose_devices(arguments: argparse.Namespace) -> list[int | None]:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from handler.protocol.options import Space
 from scripts.bulk.errors import BulkError
 from scripts.bulk.sources import shown_name
 from scripts.bulk.storage import JOB_FOLDER, Storage
@@ -74,6 +75,11 @@ class Outcome:
 
     image_count: int
     errors: Mapping[str, int]
+
+
+def has_large_maps(options: Mapping[str, str]) -> bool:
+    """Tell whether maps are as large as their images, so that few of them may wait together."""
+    return options.get("space") == Space.IMAGE
 
 
 def read_job(storage: Storage) -> Job | None:

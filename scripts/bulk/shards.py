@@ -14,9 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from handler.protocol.options import Space
 from scripts.bulk.explainer import Explainer, Item
-from scripts.bulk.job import Job, Outcome, Shard, metadata_of
+from scripts.bulk.job import Job, Outcome, Shard, has_large_maps, metadata_of
 from scripts.bulk.sources import PARQUET, TAR, read_images, shown_name
 from scripts.bulk.storage import Storage
 
@@ -39,8 +38,7 @@ def explain_shard(job: Job, shard: Shard, explainer: Explainer, storage: Storage
     names = _names_of(shard)
     with storage.create(shard.file_name) as path, _PartWriter(path, _schema_of(explainer.description.schema)) as writer:
         done = 0
-        has_large_maps = job.options.get("space") == Space.IMAGE  # of which few wait together
-        batch_count = 1 if has_large_maps else BATCHES_SENT
+        batch_count = 1 if has_large_maps(job.options) else BATCHES_SENT
         groups = _group(read_images(shard.images, job.column), batch_size * batch_count)
         for answers in explainer.explain(groups, batch_size):
             for part in answers:

@@ -12,8 +12,9 @@ import re
 import stat
 import tarfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -407,29 +408,31 @@ def _too_large(size: int) -> ImageProblem:
 
 def _read_members(file: bytes, rows: Sequence[dict[str, Any]]) -> Iterator[bytes | ImageProblem]:
     if URL.match(shown_name(file)):
-        for row in rows:
-            yield _whole(_read_url(file, row["place"], row["size"]), row["size"])
+        yield from (_read_member(row, partial(_read_url, file)) for row in rows)
         return
     try:
         opened = open_source(file)
     except OSError as error:
         yield from [_problem_of(error)] * len(rows)
         return
+
+    def read_at(place: int, size: int) -> bytes | ImageProblem:
+        try:
+            opened.seek(place)
+            return opened.read(size)
+        except OSError as error:
+            return _problem_of(error)
+
     with opened:
-        for row in rows:
-            if row["size"] > MAX_BODY_BYTES:
-                yield _too_large(row["size"])
-                continue
-            try:
-                opened.seek(row["place"])
-                yield _whole(opened.read(row["size"]), row["size"])
-            except OSError as error:
-                yield _problem_of(error)
+        yield from (_read_member(row, read_at) for row in rows)
 
 
-def _whole(content: bytes | ImageProblem, size: int) -> bytes | ImageProblem:
-    """Check that a tar file still holds all of a member."""
-    if isinstance(content, ImageProblem) or len(content) == size:
+def _read_member(row: Mapping[str, Any], read: Callable[[int, int], bytes | ImageProblem]) -> bytes | ImageProblem:
+    """Read a member of a tar file, and check that the file still holds all of it. Nothing is asked for where it is empty."""
+    if row["size"] > MAX_BODY_BYTES:
+        return _too_large(row["size"])
+    content = read(row["place"], row["size"]) if row["size"] else b""
+    if isinstance(content, ImageProblem) or len(content) == row["size"]:
         return content
     return ImageProblem("UnreadableFile", "expected a whole tar file, got less")
 
@@ -473,9 +476,7 @@ def _read_value(value: pa.Scalar) -> bytes | ImageProblem:
 
 
 def _read_url(file: bytes, start: int, size: int | None) -> bytes | ImageProblem:
-    """Read a file at a URL, or a part of one, of which there is nothing to ask for where it is empty or too large."""
-    if size is not None and (not size or size > MAX_BODY_BYTES):
-        return _too_large(size) if size else b""
+    """Read a file at a URL, or a part of one."""
     url = shown_name(file)
     for tried in range(TRIES):
         try:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import yaml
 
-from scripts.cluster.containers import Problems, quantity_of, settings_of
+from scripts.cluster.containers import Problems, quantity_of, servers_in
 from scripts.cluster.manifests import Object, name_of, pods_in
 from scripts.paths import SERVE_CONFIG
 
@@ -79,13 +79,8 @@ def autoscalers_fit(objects: Sequence[Object]) -> Problems:
 
 
 def _worker_counts(objects: Sequence[Object]) -> set[int]:
-    found = set()
-    for pods in pods_in(objects):
-        for container in pods.spec.get("containers", ()):
-            settings, _ = settings_of(container.get("args", ()))
-            if settings is not None and "minWorkers" in settings.model_config:
-                found.add(int(settings.model_config["minWorkers"]))
-    return found
+    all_settings = [settings for pods in pods_in(objects) for _, settings in servers_in(pods)]
+    return {int(settings.model_config["minWorkers"]) for settings in all_settings if "minWorkers" in settings.model_config}
 
 
 def recorded(file: str) -> set[str]:

@@ -42,6 +42,14 @@ def settings_of(args: Sequence[str]) -> tuple[Settings | None, str]:
             return None, str(error)
 
 
+def servers_in(pods: Pods) -> Iterator[tuple[Mapping[str, Any], Settings]]:
+    """Find the containers whose args the server takes, and what these set."""
+    for container in pods.spec.get("containers", ()):
+        settings, _ = settings_of(container.get("args", ()))
+        if settings is not None:
+            yield container, settings
+
+
 def probes_of(pods: Pods) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     """Find the probes of the containers that stay: the container's name, the probe's, and the probe."""
     for container in pods.spec.get("containers", ()):

@@ -12,7 +12,7 @@ from typing import Any
 
 from handler.limits import MAX_BATCH_SECONDS
 from scripts.cluster.autoscaling_rules import JOB, operated_namespace, prometheus_addresses
-from scripts.cluster.containers import Problems, settings_of
+from scripts.cluster.containers import Problems, servers_in
 from scripts.cluster.manifests import Object, Pods, name_of, pods_in
 from scripts.paths import SERVE_CONFIG
 
@@ -41,14 +41,8 @@ def seconds_of(text: str) -> float:
 
 def served_by(pods: Pods) -> Iterator[tuple[str, int, int]]:
     """Name the model of each server in pods, and its ports for inference and metrics."""
-    for container in pods.spec.get("containers", ()):
-        settings, _ = settings_of(container.get("args", ()))
-        if settings is not None:
-            yield settings.archive.stem, settings.ports.inference, settings.ports.metrics
-
-
-def _number(pods: Pods, port: object) -> object:
-    return pods.ports.get(port, port) if isinstance(port, str) else port
+    for _, settings in servers_in(pods):
+        yield settings.archive.stem, settings.ports.inference, settings.ports.metrics
 
 
 def policies_let_in_who_asks(objects: Sequence[Object]) -> Problems:
@@ -70,7 +64,7 @@ def policies_let_in_who_asks(objects: Sequence[Object]) -> Problems:
                 for port in rule.get("ports", ()):
                     if port.get("protocol", "TCP") != "TCP":
                         yield f"{name_of(one)}: expected TCP to port {port.get('port')}, got {port['protocol']}"
-                    let_in.setdefault(_number(pods, port.get("port")), []).extend(rule.get("from") or [{}])
+                    let_in.setdefault(pods.number_of(port.get("port")), []).extend(rule.get("from") or [{}])
             if any(not rule.get("to") and not rule.get("ports") for rule in one["spec"].get("egress", ())):
                 yield f"{name_of(one)}: expected places or ports in each rule of egress, got one that lets everything out"
         for _, inference, metrics in served_by(pods):
@@ -83,7 +77,7 @@ def _source_problems(
     """Compare whom policies let in with who asks."""
     kinds = {one["kind"] for one in objects}
     asked = {
-        _number(pods, port.get("targetPort", port["port"]))
+        pods.number_of(port.get("targetPort", port["port"]))
         for one in objects
         if one["kind"] == "Service" and pods.are_selected(one["spec"].get("selector", {}))
         for port in one["spec"]["ports"]
@@ -126,7 +120,7 @@ def services_go_to_the_server(objects: Sequence[Object]) -> Problems:
     for pods in pods_in(objects):
         services = [one for one in objects if one["kind"] == "Service" and pods.are_selected(one["spec"].get("selector", {}))]
         ports = [port for one in services for port in one["spec"]["ports"]]
-        targets = [_number(pods, port.get("targetPort", port["port"])) for port in ports]
+        targets = [pods.number_of(port.get("targetPort", port["port"])) for port in ports]
         names = ", ".join(map(name_of, services))
         for _, inference, _ in served_by(pods) if services else ():
             if inference not in targets:
@@ -143,7 +137,7 @@ def scrapes_find_the_metrics(objects: Sequence[Object]) -> Problems:
             name = name_of(one)
             for pods in pods_in(objects):
                 for _, _, metrics in served_by(pods):
-                    if _number(pods, endpoint.get("port")) != metrics:
+                    if pods.number_of(endpoint.get("port")) != metrics:
                         yield f"{name}: expected the port of the metrics, {metrics}; got {endpoint.get('port')}"
             path, scheme = endpoint.get("path", "/metrics"), endpoint.get("scheme", "http")
             if (path, scheme.lower()) != ("/metrics", "http"):

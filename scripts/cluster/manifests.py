@@ -87,6 +87,10 @@ class Pods:
         """Tell whether a container declares a port, by name or number."""
         return port in self.ports or port in self.ports.values()
 
+    def number_of(self, port: object) -> object:
+        """Give the number of a port that is named; anything else as it is."""
+        return self.ports.get(port, port) if isinstance(port, str) else port
+
     def are_selected(self, labels: Mapping[str, str]) -> bool:
         """Tell whether matchLabels choose these pods; none choose all."""
         return all(self.labels.get(key) == value for key, value in labels.items())

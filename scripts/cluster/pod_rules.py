@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from scripts.cluster.containers import Problems, probes_of, quantity_of, settings_of
+from scripts.cluster.containers import Problems, probes_of, quantity_of, servers_in, settings_of
 from scripts.cluster.manifests import Object, Pods, name_of, pods_in
 from scripts.serving.settings import Settings
 
@@ -151,8 +151,8 @@ def servers_are_the_image_s(objects: Sequence[Object]) -> Problems:
             for name, count in Counter(one["name"] for one in container.get("env", ())).items():
                 if count > 1:
                     yield f"{container['name']}: {name} is set {count} times"
-            settings = settings_of(container.get("args", ()))[0]
-            if settings and settings.cluster and settings.cluster.drain_delay_s < DRAIN:
+        for container, settings in servers_in(pods):
+            if settings.cluster and settings.cluster.drain_delay_s < DRAIN:
                 yield f"{container['name']}: expected --drain-delay of {DRAIN} at least, got {settings.cluster.drain_delay_s:g}"
 
 
@@ -190,10 +190,9 @@ def servers_have_room(objects: Sequence[Object]) -> Problems:
         for container in pods.containers:
             if "memory" not in container.get("resources", {}).get("limits", {}):
                 yield f"{container['name']}: expected a limit of memory"
+        for container, settings in servers_in(pods):
+            yield from (f"{container['name']}: {problem}" for problem in _room(container, settings))
         for container in pods.spec.get("containers", ()):
-            settings = settings_of(container.get("args", ()))[0]
-            if settings is not None:
-                yield from (f"{container['name']}: {problem}" for problem in _room(container, settings))
             yield from (f"{container['name']}: {problem}" for problem in _tmp(container, volumes))
 
 
@@ -271,12 +270,11 @@ def _progress_deadline(owner: Object) -> int | None:
 
 def _pings(pods: Pods) -> Problems:
     """A ping goes to the port of inference, in the clear."""
-    for container in pods.spec.get("containers", ()):
-        settings = settings_of(container.get("args", ()))[0]
+    for container, settings in servers_in(pods):
         ping = container.get("livenessProbe", {}).get("httpGet")
-        if settings is None or ping is None:
+        if ping is None:
             continue
-        port = pods.ports.get(ping.get("port"), ping.get("port"))
+        port = pods.number_of(ping.get("port"))
         scheme = "HTTP" if settings.hardening is None else "HTTPS"
         if port != settings.ports.inference or ping.get("scheme", "HTTP") != scheme:
             yield f"{container['name']}: expected a livenessProbe by {scheme} at port {settings.ports.inference}, got {ping}"

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from scripts.cluster.autoscaling_rules import AUTOSCALING_RULES, PROMETHEUS
-from scripts.cluster.containers import Problems, probes_of, quantity_of, settings_of
+from scripts.cluster.containers import Problems, probes_of, quantity_of, servers_in, settings_of
 from scripts.cluster.exposure_rules import EXPOSURE_RULES, backends_of
 from scripts.cluster.manifests import Object, name_of, pods_in
 from scripts.cluster.pod_rules import POD_RULES
@@ -247,9 +247,8 @@ def probes_ask_for_right_answers(objects: Sequence[Object]) -> Problems:
 def stop_has_time(objects: Sequence[Object]) -> Problems:
     """The grace period covers the drain, the requests in flight and TorchServe's end."""
     for pods in pods_in(objects):
-        for container in pods.spec.get("containers", ()):
-            settings, _ = settings_of(container.get("args", ()))
-            cluster = settings.cluster if settings else None
+        for container, settings in servers_in(pods):
+            cluster = settings.cluster
             if cluster is None:
                 continue
             needed = cluster.drain_delay_s + cluster.drain_timeout_s + STOP_TIMEOUT_S

@@ -32,6 +32,17 @@ def cluster() -> Iterator[Any]:
     made.shutdown()
 
 
+def start_job(cluster: Any, archive: Path, folder: Path, output: Path, shard_size: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "scripts.bulk", str(folder), "--archive", str(archive), "--output", str(output)]
+    return subprocess.Popen(
+        [*command, "--ray", cluster.address, "--shard-size", str(shard_size)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_a_node_that_is_lost_costs_no_row_and_makes_none_twice(cluster: Any, archive: Path, tmp_path: Path) -> None:
@@ -42,14 +53,7 @@ def test_a_node_that_is_lost_costs_no_row_and_makes_none_twice(cluster: Any, arc
         (folder / f"{index:05d}.png").write_bytes(SAMPLE_FILES[index % len(SAMPLE_FILES)].read_bytes())
     for index in range(BAD):
         (folder / f"{index:05d} bad.png").write_bytes(b"no image")
-    command = [sys.executable, "-m", "scripts.bulk", str(folder), "--archive", str(archive), "--output", str(output)]
-    job = subprocess.Popen(
-        [*command, "--ray", cluster.address, "--shard-size", str(SHARD_SIZE)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    job = start_job(cluster, archive, folder, output, SHARD_SIZE)
     wait_for(lambda: len(list(output.glob("part-*"))) >= 3 or job.poll() is not None, "file")
     assert job.poll() is None
     cluster.remove_node(nodes[0], allow_graceful=False)
@@ -79,14 +83,7 @@ def test_last_shard_of_a_lost_node_goes_to_the_one_that_waits(cluster: Any, arch
         (folder / f"slow {index:03d}.png").hardlink_to(folder / "slow.png")
     for index in range(SLOW_COUNT):
         (folder / f"tiny {index:03d}.png").write_bytes(SAMPLE_FILES[1].read_bytes())
-    command = [sys.executable, "-m", "scripts.bulk", str(folder), "--archive", str(archive), "--output", str(output)]
-    job = subprocess.Popen(
-        [*command, "--ray", cluster.address, "--shard-size", str(SLOW_COUNT)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    job = start_job(cluster, archive, folder, output, SLOW_COUNT)
     wait_for(lambda: (output / "part-00001.parquet").exists() or job.poll() is not None, "file of the fast shard")
     assert not (output / "part-00000.parquet").exists()
     cluster.remove_node(max(nodes, key=processor_share), allow_graceful=False)
